@@ -1,0 +1,62 @@
+"""The ways in which the library computes the loss, each as rows and the gradients of their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cktat_loss import closed_form
+from cktat_loss.functional import cktat_loss, cktat_terms
+
+Result = tuple[Tensor, Tensor, Tensor]
+Form = Callable[..., Result]
+
+
+def by_autograd(rows: Callable[..., Tensor], clean: Tensor, adv: Tensor, *others: Any) -> Result:
+    clean, adv = clean.detach().requires_grad_(), adv.detach().requires_grad_()
+    loss = rows(clean, adv, *others)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), (clean, adv))
+
+
+def rows_of_loss(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Tensor:
+    return cktat_loss(clean, adv, teacher, tau, beta, reduction="none")
+
+
+def rows_of_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Tensor:
+    guidance, consistency = cktat_terms(clean, adv, teacher, tau)
+    return guidance + beta * consistency
+
+
+def eager(*args: Any) -> Result:
+    return by_autograd(rows_of_loss, *args)
+
+
+def terms(*args: Any) -> Result:
+    return by_autograd(rows_of_terms, *args)
+
+
+def branchless(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Result:
+    """The closed form as on devices where Python must not look at values."""
+    out = closed_form.fused(
+        clean, adv, teacher, tau, closed_form.ONE, beta, clean_grad=True, adv_grad=True, branch_on_data=False
+    )
+    assert out.d_clean is not None
+    assert out.d_adv is not None
+    return out.guidance + beta * out.consistency, out.d_clean.to(clean.dtype), out.d_adv.to(adv.dtype)
+
+
+def transformed(clean: Tensor, adv: Tensor, *others: Any) -> Result:
+    """Under a torch.func transform."""
+    rows, vjp = torch.func.vjp(lambda c, a: rows_of_loss(c, a, *others), clean.detach(), adv.detach())
+    return rows, *vjp(torch.ones_like(rows))
+
+
+def compiled(*args: Any) -> Result:
+    torch.compiler.reset()  # every shape and dtype is a compilation, and there is a limit to them
+    return by_autograd(torch.compile(rows_of_loss, backend="aot_eager", fullgraph=True), *args)
+
+
+FORMS: dict[str, Form] = {"eager": eager, "terms": terms, "branchless": branchless, "transformed": transformed}

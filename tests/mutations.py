@@ -1,0 +1,438 @@
+"""Break the library in named ways, and see the one test fail that is there for it: ``python tests/mutations.py``.
+
+Each mutation is made in a scratch copy by exact replacement of text that must occur once. First, all of the named
+tests must pass in a copy that is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("cktat_loss", "kernels", "tests", "pyproject.toml")
+
+
+class Mutation(NamedTuple):
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str
+
+
+ACCURACY = "test_accuracy.py::test_loss_and_gradients"
+FROZEN = "test_teacher_is_frozen.py"
+WRAPPERS = "test_warm_start_wrappers.py"
+
+MUTATIONS = [
+    # The formula.
+    Mutation("tau dropped", "closed_form", "(teacher.double() / tau,", "(teacher.double(),", ACCURACY),
+    Mutation("tau dropped, single precision", "closed_form", "x[0] /= tau", "x[0] /= 1", ACCURACY),
+    Mutation("tau dropped, in graphs", "divergence", "shifted if tau is None else shifted / tau", "shifted", ACCURACY),
+    Mutation("tau divides the student", "closed_form", "/ tau, clean, adv", "/ tau, clean / tau, adv / tau", ACCURACY),
+    Mutation(
+        "guidance reversed",
+        "closed_form",
+        "kl = (p * d).add_(",
+        "kl = (torch.stack((-p[2], p[1], p[2])) * d).add_(",
+        ACCURACY,
+    ),
+    Mutation(
+        "consistency reversed",
+        "closed_form",
+        "kl = (p * d).add_(",
+        "kl = (torch.stack((p[0], -p[2], p[2])) * d).add_(",
+        ACCURACY,
+    ),
+    Mutation(
+        "guidance reversed, in graphs",
+        "divergence",
+        "kl_divergence(log_softmax(teacher.to(dtype), tau), log_a)",
+        "kl_divergence(log_a, log_softmax(teacher.to(dtype), tau))",
+        ACCURACY,
+    ),
+    Mutation(
+        "consistency reversed, in graphs",
+        "divergence",
+        "kl_divergence(log_softmax(clean.to(dtype)), log_a)",
+        "kl_divergence(log_a, log_softmax(clean.to(dtype)))",
+        ACCURACY,
+    ),
+    Mutation("sign of d_clean", "closed_form", ".mul_(p_c)\n", ".mul_(-p_c)\n", ACCURACY),
+    Mutation("beta not in d_adv", "closed_form", "add_(to_clean, alpha=w2)", "add_(to_clean)", ACCURACY),
+    Mutation(
+        "sample weights not in d_adv",
+        "closed_form",
+        "d_adv.addcmul_(to_clean, w2)",
+        "d_adv.add_(to_clean)",
+        "test_beta.py::test_weights",
+    ),
+    # Beta.
+    Mutation(
+        "beta ignored",
+        "ops",
+        "terms.guidance + beta *",
+        "terms.guidance +",
+        "test_criterion.py::test_terms_are_the_two_summands",
+    ),
+    Mutation(
+        "beta of a call ignored",
+        "loss",
+        "self._beta if beta is None else beta",
+        "self._beta",
+        "test_criterion.py::test_a_beta_of_one_call",
+    ),
+    Mutation(
+        "beta tensor ignored",
+        "checks",
+        "    return value\n\n\ndef grad_scale",
+        "    return 6.0\n\n\ndef grad_scale",
+        "test_criterion.py::test_a_tensor_of_betas",
+    ),
+    Mutation(
+        "sample weights averaged",
+        "checks",
+        "    return value\n\n\ndef grad_scale",
+        "    return value.mean()\n\n\ndef grad_scale",
+        "test_beta.py::test_a_weight_per_sample_weighs_its_own_sample",
+    ),
+    Mutation(
+        "adaptive_beta not detached",
+        "schedules",
+        "adv_logits.detach().softmax",
+        "adv_logits.softmax",
+        "test_beta.py::test_adaptive_beta",
+    ),
+    # Reductions.
+    Mutation(
+        "mean over N * C",
+        "ops",
+        "return _reduce(out, beta, reduction, clean, adv, teacher)\n",
+        "return _reduce(out, beta, reduction, clean, adv, teacher) / clean.shape[1]\n",
+        "test_properties.py::test_three_forms_agree",
+    ),
+    Mutation(
+        "gradient of a mean over N * C",
+        "ops",
+        "upstream / max(1, clean.shape[0])",
+        "upstream / max(1, clean.numel())",
+        "test_gradient_flow.py::test_upstream_gradient",
+    ),
+    Mutation(
+        "sum instead of mean",
+        "ops",
+        'rows.mean() if reduction == "mean"',
+        'rows.sum() if reduction == "mean"',
+        "test_reductions.py::test_reductions_of_the_same_rows",
+    ),
+    Mutation(
+        "gradient of a sum instead of a mean",
+        "ops",
+        "upstream / max(1, clean.shape[0])",
+        "upstream / 1",
+        "test_gradient_flow.py::test_upstream_gradient",
+    ),
+    Mutation(
+        "gradients of rows divided by N",
+        "ops",
+        "upstream = upstream.unsqueeze(1)",
+        "upstream = upstream.unsqueeze(1) / clean.shape[0]",
+        "test_properties.py::test_any_upstream_gradient",
+    ),
+    # Numbers.
+    Mutation(
+        "mask ignored",
+        "closed_form",
+        "if not branch_on_data or math.isnan(kl.sum().item()):",
+        "if False:",
+        "test_masks.py::test_masks_that_leave_an_answer",
+    ),
+    Mutation(
+        "mask ignored, single precision",
+        "closed_form",
+        "if math.isnan(lowest):",
+        "if False:",
+        "test_masks.py::test_masks_that_leave_an_answer",
+    ),
+    Mutation(
+        "mask ignored, in graphs",
+        "divergence",
+        "torch.where(p > 0, log_p - log_q, 1.0)",
+        "log_p - log_q",
+        "test_masks.py::test_masks_that_leave_an_answer",
+    ),
+    Mutation(
+        "small-KL series dropped",
+        "divergence",
+        "return torch.where(d.abs() < SERIES_BELOW, small_kl_elements(p, d), plain)",
+        "return plain",
+        "test_small_kl.py::test_small",
+    ),
+    Mutation(
+        "small-KL series cut short",
+        "divergence",
+        "(c0 + d * (c1 + d * (c2 + d * (c3 + d * c4))))",
+        "c0",
+        "test_small_kl.py::test_from_tiny_to_ordinary",
+    ),
+    Mutation(
+        "small KLs summed plainly",
+        "closed_form",
+        "PLAIN_SUM_DOWN_TO = 0.02",
+        "PLAIN_SUM_DOWN_TO = 0.0",
+        "test_small_kl.py::test_small",
+    ),
+    Mutation(
+        "negative KL let through",
+        "closed_form",
+        "kl.clamp(min=0).unbind()",
+        "kl.unbind()",
+        "test_small_kl.py::test_never_negative",
+    ),
+    Mutation(
+        "half precision not upcast", "closed_form", "(teacher, clean, adv)).float()", "(teacher, clean, adv))", ACCURACY
+    ),
+    Mutation(
+        "half precision not upcast, in graphs", "divergence", "log_softmax(adv.to(dtype))", "log_softmax(adv)", ACCURACY
+    ),
+    Mutation(
+        "gradients cast before scaling",
+        "ops",
+        "gradient.mul_(scale).to(logits.dtype)",
+        "gradient.to(logits.dtype).mul_(scale)",
+        "test_gradient_flow.py::test_float16_gradients_survive_loss_scaling",
+    ),
+    # Autograd.
+    Mutation(
+        "detach_clean lost",
+        "functional",
+        "clean = clean_logits.detach() if detach_clean else clean_logits\n    return ops.cktat_loss(",
+        "clean = clean_logits\n    return ops.cktat_loss(",
+        "test_criterion.py::test_detach_clean_stops_the_clean_gradient_and_nothing_else",
+    ),
+    Mutation(
+        "teacher_logits not detached",
+        "functional",
+        "ops.cktat_loss(clean, adv_logits, teacher_logits.detach(),",
+        "ops.cktat_loss(clean, adv_logits, teacher_logits,",
+        "test_transforms.py::test_grad",
+    ),
+    Mutation(
+        "consumed gradients used again",
+        "ops",
+        "(d_clean, d_adv), ctx.gradients = ctx.gradients, None",
+        "d_clean, d_adv = ctx.gradients",
+        "test_gradient_flow.py::test_backward_twice",
+    ),
+    Mutation(
+        "second derivatives cut off",
+        "ops",
+        "if torch.is_grad_enabled() or _traced(upstream):",
+        "if _traced(upstream):",
+        "test_second_derivatives.py::test_loss",
+    ),
+    Mutation(
+        "second derivatives of the terms cut off",
+        "ops",
+        "if torch.is_grad_enabled() or _traced(w_guidance, w_consistency):",
+        "if _traced(w_guidance, w_consistency):",
+        "test_second_derivatives.py::test_terms",
+    ),
+    Mutation(
+        "a graph branches on data",
+        "ops",
+        'clean.device.type == "cpu" and not _traced()',
+        'clean.device.type == "cpu"',
+        "test_compile.py::test_loss_and_grads_is_one_graph",
+    ),
+    # The teacher.
+    Mutation(
+        "teacher in train mode",
+        "loss",
+        "        m.training = False",
+        "        m.training = True",
+        f"{FROZEN}::test_train_mode_reaches_nothing",
+    ),
+    Mutation(
+        "modes not restored",
+        "loss",
+        "            m.training = True",
+        "            pass",
+        f"{FROZEN}::test_a_shared_teacher_is_the_object_passed",
+    ),
+    Mutation(
+        "teacher under grad",
+        "loss",
+        "with torch.no_grad(), _eval_mode(teacher):",
+        "with _eval_mode(teacher):",
+        f"{FROZEN}::test_it_runs_in_eval_mode_without_gradients",
+    ),
+    Mutation(
+        "teacher not copied",
+        "loss",
+        "copy.deepcopy(unwrap(teacher))",
+        "unwrap(teacher)",
+        f"{FROZEN}::test_training_the_original_changes_nothing",
+    ),
+    Mutation(
+        "teacher not unwrapped",
+        "loss",
+        "copy.deepcopy(unwrap(teacher))",
+        "copy.deepcopy(teacher)",
+        f"{FROZEN}::test_wrappers_are_taken_off",
+    ),
+    Mutation(
+        "copy left thawed",
+        "loss",
+        "return teacher.eval().requires_grad_(False)",
+        "return teacher",
+        f"{FROZEN}::test_criterion_train_leaves_the_copy_in_eval_mode",
+    ),
+    Mutation(
+        "teacher left behind",
+        "loss",
+        "self.teacher._apply(fn, recurse)",
+        "pass",
+        f"{FROZEN}::test_casting_the_criterion_casts_it",
+    ),
+    Mutation(
+        "x not cast",
+        "loss",
+        "return x.to(tensor.dtype)",
+        "return x",
+        f"{FROZEN}::test_floating_inputs_are_cast_to_the_teachers_dtype",
+    ),
+    # Warm start.
+    Mutation(
+        "`module.` not stripped",
+        "warm_start",
+        'inner = child == "_orig_mod" or (child == "module" and (wrappers is None or path[:-1] in wrappers))',
+        'inner = child == "_orig_mod"',
+        f"{WRAPPERS}::test_every_nesting_in_a_state_dict",
+    ),
+    Mutation(
+        "`_orig_mod` not stripped",
+        "warm_start",
+        'inner = child == "_orig_mod" or (child == "module"',
+        'inner = (child == "module"',
+        f"{WRAPPERS}::test_every_nesting_in_a_state_dict",
+    ),
+    Mutation(
+        "partial copy before the error",
+        "warm_start",
+        "    if (strict or not copied) and (",
+        "    [target.data.copy_(value) for _, target, value in plan.values()]\n    if (strict or not copied) and (",
+        "test_warm_start.py::test_strict_lists_every_misfit_and_writes_nothing",
+    ),
+    # Checks.
+    Mutation(
+        "shapes not checked", "checks", "if x.shape != clean.shape:", "if False:", "test_bad_input.py::test_refused"
+    ),
+    Mutation(
+        "tau not checked",
+        "checks",
+        "if not SMALLEST_FLOAT32 <= value < math.inf:",
+        "if False:",
+        "test_criterion.py::test_bad_schedules_are_refused",
+    ),
+    Mutation(
+        "beta not checked",
+        "checks",
+        "if not 0 <= value < math.inf:",
+        "if False:",
+        "test_criterion.py::test_bad_schedules_are_refused",
+    ),
+]
+
+
+@contextmanager
+def scratch_copy() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        for name in COPIED:
+            source, target = ROOT / name, Path(folder) / name
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, target, symlinks=True, ignore=ignored)
+            else:
+                shutil.copy(source, target)
+        yield Path(folder)
+
+
+def run(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """pytest in the copy, which comes before any installed library."""
+    where = f"import cktat_loss; assert cktat_loss.__file__.startswith({str(folder)!r}), cktat_loss.__file__"
+    code = f"import sys, pytest; {where}; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ("-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--show-capture=no")
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *options, *(f"tests/{test}" for test in tests)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def broken(source: str, mutation: Mutation) -> str:
+    found = source.count(mutation.old)
+    if found != 1:
+        sys.exit(f"{mutation.name}: {mutation.module}.py must contain {mutation.old!r} once, but has it {found} times")
+    return source.replace(mutation.old, mutation.new)
+
+
+def outcome(mutation: Mutation) -> str:
+    with scratch_copy() as folder:
+        path = folder / "cktat_loss" / f"{mutation.module}.py"
+        path.write_text(broken(path.read_text(), mutation))
+        done = run(folder, mutation.test)
+    if done.returncode == 1 and " failed" in done.stdout:
+        return "caught"
+    # Anything but passed or failed, such as a syntax error, says nothing about the test.
+    return "SURVIVED" if done.returncode == 0 else f"ERROR\n{done.stdout}{done.stderr}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
+    parser.add_argument("-k", metavar="WORD", default="", help="only mutations with this in their name")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if options.k in mutation.name]
+
+    if not chosen:
+        parser.error(f"no mutation has {options.k!r} in its name")
+    start = time.monotonic()
+    for mutation in chosen:
+        broken((ROOT / "cktat_loss" / f"{mutation.module}.py").read_text(), mutation)
+    with scratch_copy() as folder:
+        whole = run(folder, *dict.fromkeys(mutation.test for mutation in chosen))
+    if whole.returncode != 0:
+        print(
+            whole.stdout, whole.stderr, "The tests named must exist, and pass as long as nothing is broken.", sep="\n"
+        )
+        return 1
+
+    names, tests = max(len(m.name) for m in chosen), max(len(m.test) for m in chosen)
+    survivors = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutation, result in zip(chosen, pool.map(outcome, chosen), strict=True):
+            survivors += result != "caught"
+            print(f"{mutation.name:{names}}  {mutation.test:{tests}}  {result}", flush=True)
+    print(f"{len(chosen)} mutations, {survivors} not caught, {time.monotonic() - start:.0f} s")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Eq. 17 and its gradients, row by row in float64 NumPy, apart from the library; and how far off a result is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+# How far off loss and gradients may be, by the dtype of the logits: half precision is computed in float32.
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
+
+
+class Truth(NamedTuple):
+    """Terms and rows are (N,). Gradients are those of the rows' sum; the units are their natural sizes, a row each."""
+
+    guidance: Array
+    consistency: Array
+    rows: Array
+    d_clean: Array
+    d_adv: Array
+    unit_clean: Array
+    unit_adv: Array
+
+
+def array(x: Tensor) -> Array:
+    return x.detach().double().numpy()
+
+
+def tolerance(*logits: Tensor) -> float:
+    return min(TOLERANCES[x.dtype] for x in logits)
+
+
+def log_softmax(x: Array) -> Array:
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def kl(log_p: Array, log_q: Array) -> Array:
+    p = np.exp(log_p)
+    return np.where(p == 0, 0.0, p * (log_p - log_q)).sum(1)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def truth(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Truth:
+    c, a, t = array(clean), array(adv), array(teacher)
+    weight = np.broadcast_to(array(beta) if isinstance(beta, Tensor) else beta, (len(a),))
+    l_c, l_a, l_t = log_softmax(c), log_softmax(a), log_softmax((t - t.max(1, keepdims=True)) / tau)
+    p_c, p_a, p_t = np.exp(l_c), np.exp(l_a), np.exp(l_t)
+    guidance, consistency = kl(l_t, l_a), kl(l_c, l_a)
+    d_clean = np.where(p_c == 0, 0.0, p_c * (l_c - l_a - consistency[:, None]))
+    d_adv = (p_a - p_t) + weight[:, None] * (p_a - p_c)
+    seen = np.isfinite(l_c) & np.isfinite(l_a)
+    largest = np.abs(l_c - l_a).max(1, where=seen, initial=1.0)
+    rows = guidance + weight * consistency
+    return Truth(guidance, consistency, rows, weight[:, None] * d_clean, d_adv, weight * largest, 1 + weight)
+
+
+def loss_error(actual: Tensor, true: Array | float) -> float:
+    """The largest |error| / max(|true|, 1e-3)."""
+    return float(np.max(np.abs(array(actual) - true) / np.maximum(np.abs(true), 1e-3)))
+
+
+def gradient_error(actual: Tensor, true: Array, unit: Array) -> float:
+    """The largest error, past the rounding to its own dtype, over its row's largest entry or natural unit.
+
+    Where softmaxes saturate, a gradient is a difference of near-equal numbers: an error relative to it means nothing.
+    """
+    kind = torch.finfo(actual.dtype)
+    rounding = kind.eps / 2 * np.abs(true) + kind.smallest_normal * kind.eps / 2
+    excess = np.maximum(np.abs(array(actual) - true) - rounding, 0.0)
+    return float(np.max(excess / np.maximum(np.abs(true).max(1), np.maximum(unit, 1e-300))[:, None]))
+
+
+def assert_right(
+    rows: Tensor, d_clean: Tensor, d_adv: Tensor, true: Truth, tolerance: float, scale: float = 1.0, note: str = ""
+) -> None:
+    """Rows, and gradients of ``scale`` times their sum, are the true ones to within ``tolerance``."""
+    errors = {
+        "loss": loss_error(rows, true.rows),
+        "d_clean": gradient_error(d_clean, scale * true.d_clean, scale * true.unit_clean),
+        "d_adv": gradient_error(d_adv, scale * true.d_adv, scale * true.unit_adv),
+    }
+    assert all(error <= tolerance for error in errors.values()), f"{note} {errors}, allowed {tolerance}"

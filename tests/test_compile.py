@@ -1,0 +1,229 @@
+"""torch.compile takes a whole training step as one graph, and schedules don't recompile it.
+
+Only the compiler's frontend and autograd run here, save in the last test: that is where graphs break.
+"""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from cktat_loss import CKTATLoss, adaptive_beta, functional
+
+SIDE, CLASSES = 6, 5
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter():
+    return CompileCounterWithBackend("aot_eager")
+
+
+def make_net():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES)
+    )
+
+
+def make_batch(n=8):
+    x = torch.rand(n, 3, SIDE, SIDE)
+    return x, x + 0.1 * torch.randn_like(x), torch.randint(CLASSES, (n,))
+
+
+class Training:
+    """A student in train mode with its criterion, as a user's loop has them."""
+
+    def __init__(self, **how):
+        self.student, self.teacher = make_net().train(), make_net()
+        self.criterion = CKTATLoss(self.teacher, tau=5.3, beta=0.7, **how)
+        self.autocast = False
+
+    def step(self, x, x_adv, y):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            clean, adv = self.student(x), self.student(x_adv)
+            return self.criterion(clean_logits=clean, adv_logits=adv, x=x)
+
+    def adaptive_step(self, x, x_adv, y):
+        clean, adv = self.student(x), self.student(x_adv)
+        return self.criterion(clean, adv, x, beta=adaptive_beta(adv, y))
+
+    def gradients(self, step, batch):
+        """The loss and the student's gradients, its BatchNorm statistics put back."""
+        state = {name: value.clone() for name, value in self.student.state_dict().items()}
+        loss = step(*batch)
+        loss.backward()
+        gradients = [p.grad for p in self.student.parameters()]
+        self.student.zero_grad()
+        self.student.load_state_dict(state)
+        return [loss.detach(), *gradients]
+
+    def check(self, compiled, batch, eager=None, **tolerance):
+        actual, expected = self.gradients(compiled, batch), self.gradients(eager or self.step, batch)
+        assert all(g is not None and g.abs().sum() > 0 for g in expected)
+        torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 1e-4, "atol": 1e-6}))
+
+
+@pytest.mark.parametrize("how", [{}, {"reduction": "sum"}, {"detach_clean": True}, {"copy_teacher": False}])
+def test_a_step_is_one_graph_with_the_eager_gradients(counter, how):
+    training = Training(**how)
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True)
+    for _ in range(2):
+        training.check(compiled, make_batch())
+    assert counter.frame_count == 1
+
+
+def test_the_teacher_is_frozen_in_a_graph_too(counter):
+    training = Training()
+    training.criterion.teacher.train()
+    before = [value.clone() for value in training.criterion.teacher.state_dict().values()]
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True)
+    training.check(compiled, make_batch())
+    assert all(m.training for m in training.criterion.teacher.modules())
+    after = [*training.criterion.teacher.state_dict().values()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    training.student.requires_grad_(False)
+    assert not compiled(*make_batch()).requires_grad
+
+
+@pytest.mark.parametrize("first", ["tau", "beta"])
+def test_schedules_recompile_once(counter, first):
+    """Floats become symbols when they first change; after that nothing compiles, whatever the value."""
+    training, batch = Training(), make_batch()
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True)
+    training.check(compiled, batch)
+    assert counter.frame_count == 1
+    second = "beta" if first == "tau" else "tau"
+    for name, allowed in ((first, 2), (second, 3)):
+        for value in (3.1, 2.9, 1.0, 8, 0.25):
+            setattr(training.criterion, name, value)
+            training.check(compiled, batch)
+            assert counter.frame_count <= allowed, (name, value)
+    for tau, beta in ((1.7, 0.0), (2.0, 6.5), (0.5, 1.0)):
+        training.criterion.tau, training.criterion.beta = tau, beta
+        training.check(compiled, batch)
+    assert counter.frame_count <= 3
+
+
+def test_a_beta_that_starts_from_zero_recompiles_once(counter):
+    """The ramp that the README advises."""
+    training, batch = Training(), make_batch()
+    training.criterion.beta = 0.0
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True)
+    for step in range(5):
+        training.criterion.beta = 6 * step / 4
+        training.check(compiled, batch)
+    assert counter.frame_count <= 2
+
+
+def test_a_beta_of_one_call_recompiles_once(counter):
+    clean, adv, teacher = (torch.randn(8, CLASSES) for _ in range(3))
+    criterion = CKTATLoss(None)
+
+    def loss(beta):
+        return criterion(clean, adv, teacher_logits=teacher, beta=beta)
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for beta in (0.5, 1.5, 2.5, 3.5):
+        torch.testing.assert_close(compiled(beta), loss(beta))
+    assert counter.frame_count <= 2
+
+
+def test_adaptive_beta_is_part_of_the_graph(counter):
+    training = Training(detach_clean=True)
+    compiled = torch.compile(training.adaptive_step, backend=counter, fullgraph=True)
+    for _ in range(2):
+        training.check(compiled, make_batch(), eager=training.adaptive_step)
+    assert counter.frame_count == 1
+
+
+def test_a_last_small_batch_recompiles_once(counter):
+    training = Training()
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True)
+    for n in (8, 5, 8, 3, 11):
+        training.check(compiled, make_batch(n))
+    assert counter.frame_count <= 2
+
+
+def test_dynamic_shapes_never_recompile(counter):
+    training = Training()
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True, dynamic=True)
+    training.check(compiled, make_batch(8))
+    first = counter.frame_count  # may be 2: the compiler starts over where it first took BatchNorm's floats for symbols
+    for n, tau, beta in ((5, 5.3, 0.7), (3, 2.9, 0.7), (11, 1.3, 6.5)):
+        training.criterion.tau, training.criterion.beta = tau, beta
+        training.check(compiled, make_batch(n))
+    assert counter.frame_count == first
+
+
+def test_autocast_to_bfloat16(counter):
+    training = Training()
+    training.autocast = True
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True)
+    batch = make_batch()
+    assert compiled(*batch).dtype == torch.float32
+    training.check(compiled, batch, rtol=2e-2, atol=1e-3)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_loss_and_grads_is_one_graph(counter, dtype, reduction):
+    logits = [torch.randn(8, CLASSES).to(dtype) for _ in range(3)]
+
+    def one_pass(clean, adv, teacher, beta, scale):
+        return functional.cktat_loss_and_grads(
+            clean, adv, teacher, 0.7, beta, reduction=reduction, grad_scale=scale, backend="torch"
+        )
+
+    compiled = torch.compile(one_pass, backend=counter, fullgraph=True)
+    for beta in (torch.tensor(2.3), torch.rand(8)):
+        args = (*logits, beta, torch.tensor(3.0))
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(compiled(*args), one_pass(*args), **tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_small_and_large_kl_in_a_graph(counter, scale, reduction):
+    """No branch on data is left there, so its numbers are checked apart, against float64."""
+    clean = torch.randn(8, CLASSES) * 10
+    logits = [clean, clean + scale * torch.randn(8, CLASSES), clean + scale * torch.randn(8, CLASSES)]
+
+    def loss(clean, adv, teacher):
+        return functional.cktat_loss(clean, adv, teacher, tau=1.0, beta=2.3, reduction=reduction)
+
+    actual = torch.compile(loss, backend=counter, fullgraph=True)(*logits)
+    torch.testing.assert_close(actual, loss(*(x.double() for x in logits)).float(), rtol=1e-3, atol=1e-12)
+
+
+def test_a_shared_compiled_teacher_in_a_graph(counter):
+    training = Training()
+    training.criterion = CKTATLoss(torch.compile(training.teacher, backend="eager"), 5.3, 0.7, copy_teacher=False)
+    compiled = torch.compile(training.step, backend=counter, fullgraph=True)
+    for _ in range(2):
+        training.check(compiled, make_batch())
+    assert counter.frame_count == 1
+    assert all(m.training for m in training.teacher.modules())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_inductor_gives_the_eager_gradients():
+    clean, adv, teacher = (torch.randn(4, CLASSES) for _ in range(3))
+    clean.requires_grad_()
+    adv.requires_grad_()
+    criterion = CKTATLoss(None, tau=0.7, beta=5.3)
+
+    def step():
+        return torch.autograd.grad(criterion(clean, adv, teacher_logits=teacher), (clean, adv))
+
+    def loss(clean, adv, teacher):
+        return criterion(clean, adv, teacher_logits=teacher)
+
+    compiled = torch.compile(loss, backend="inductor", fullgraph=True)(clean, adv, teacher)
+    torch.testing.assert_close(torch.autograd.grad(compiled, (clean, adv)), step())

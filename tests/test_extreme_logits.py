@@ -1,0 +1,67 @@
+"""Logits of any size and any temperature give numbers, and saturated rows the right ones."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from tests.forms import FORMS, Form, compiled
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+WIDTHS = (10, 1000, 3000)  # small, in double; single precision; the same in rows so long that they are normalised twice
+
+
+def saturated(width: int, size: float) -> list[Tensor]:
+    """Every combination of rows that are sure of one class, of another, of none, or sure which it is not."""
+    kinds = torch.zeros(4, width)
+    kinds[0, 1] = kinds[1, 2] = size
+    kinds[2] = size * torch.randn(width).sign()
+    kinds[3, 0] = -size
+    return [torch.stack(rows) for rows in zip(*itertools.product(kinds, repeat=3), strict=True)]
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [30.0, 110.0, 200.0, 1e4])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_saturated_rows(width: int, size: float, dtype: torch.dtype, form: Form) -> None:
+    logits = [x.to(dtype) for x in saturated(width, size)]
+    for tau, beta in ((1.0, 5.3), (0.7, 0.7), (5.3, 5.3)):
+        true = oracle.truth(*logits, tau, beta)
+        oracle.assert_right(*form(*logits, tau, beta), true, oracle.TOLERANCES[dtype], note=f"tau {tau}")
+
+
+def test_saturated_rows_compiled() -> None:
+    logits = saturated(17, 200.0)
+    oracle.assert_right(*compiled(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_hot_teachers(width: int, dtype: torch.dtype, form: Form) -> None:
+    """With -inf for the other classes, the guidance is the cross-entropy."""
+    labels = torch.arange(12) % width
+    teacher = torch.full((12, width), -torch.inf, dtype=dtype).scatter(1, labels[:, None], 3.0)
+    clean, adv = (4 * torch.randn(2, 12, width)).to(dtype)
+    rows, d_clean, d_adv = form(clean, adv, teacher, 0.7, 0.0)
+    entropy = torch.nn.functional.cross_entropy(adv.double(), labels, reduction="none")
+    assert oracle.loss_error(rows, entropy.numpy()) < oracle.TOLERANCES[dtype]
+    assert (d_clean == 0).all()
+    oracle.assert_right(rows, d_clean, d_adv, oracle.truth(clean, adv, teacher, 0.7, 0.0), oracle.TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tau", [1e-40, 1e-30, 1e-3, 1e3, 1e30])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_extreme_temperatures(width: int, tau: float, dtype: torch.dtype, form: Form) -> None:
+    """Towards 0 the teacher is one-hot, with ties shared, and towards infinity uniform."""
+    clean, adv, teacher = (3 * torch.randn(3, 12, width)).to(dtype)
+    teacher[0] = 0.0
+    teacher[1, :3] = 20.0
+    oracle.assert_right(
+        *form(clean, adv, teacher, tau, 5.3), oracle.truth(clean, adv, teacher, tau, 5.3), oracle.TOLERANCES[dtype]
+    )

@@ -1,0 +1,102 @@
+"""-inf masks a class, with 0 log 0 = 0; what has no answer is NaN in its own row and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from tests.forms import FORMS, Form, compiled
+
+INF, NAN = float("inf"), float("nan")
+DTYPES = (torch.float64, torch.float32, torch.float16)
+WIDTHS = (10, 500, 3000)  # small, in double; single precision; the same in blocks
+ROWS = 24
+ALL_FORMS = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ALL_WIDTHS = pytest.mark.parametrize("width", WIDTHS)
+
+
+def logits(width: int, dtype: torch.dtype) -> list[Tensor]:
+    return [(3 * torch.randn(ROWS, width)).to(dtype) for _ in range(3)]
+
+
+def a_third(width: int) -> Tensor:
+    """Some classes, others in each row, but never the first; and a row without any."""
+    mask = torch.rand(ROWS, width) < 1 / 3
+    mask[:, 0] = mask[0] = False
+    mask[1, 1:] = True
+    return mask
+
+
+@ALL_FORMS
+@ALL_DTYPES
+@ALL_WIDTHS
+@pytest.mark.parametrize("masked", ["cat", "t", "c", "ct", "cat+t", "cat+c"])
+def test_masks_that_leave_an_answer(masked: str, width: int, dtype: torch.dtype, form: Form) -> None:
+    c, a, t = logits(width, dtype)
+    for where in masked.split("+"):
+        mask = a_third(width)
+        c, a, t = (x.masked_fill(mask, -INF) if name in where else x for x, name in zip((c, a, t), "cat", strict=True))
+    rows, d_clean, d_adv = form(c, a, t, 0.7, 5.3)
+    assert rows.isfinite().all()
+    oracle.assert_right(rows, d_clean, d_adv, oracle.truth(c, a, t, 0.7, 5.3), oracle.TOLERANCES[dtype])
+    assert (d_clean[c == -INF] == 0).all()
+
+
+def test_masks_compiled() -> None:
+    c, a, t = logits(17, torch.float32)
+    everywhere = a_third(17)
+    args = [x.masked_fill(everywhere | more, -INF) for x, more in ((c, a_third(17)), (a, everywhere), (t, a_third(17)))]
+    oracle.assert_right(*compiled(*args, 0.7, 5.3), oracle.truth(*args, 0.7, 5.3), 2e-5)
+
+
+@ALL_FORMS
+@ALL_DTYPES
+@ALL_WIDTHS
+def test_a_tiny_kl_under_masks(width: int, dtype: torch.dtype, form: Form) -> None:
+    base, mask = 3 * torch.randn(ROWS, width), a_third(width)
+    base[2:, 1] = base[2:].logsumexp(1) - 7  # small enough to leave out, too large to overlook
+    c, a, t = ((base + 1e-2 * torch.randn(ROWS, width)).masked_fill(mask, -INF).to(dtype) for _ in range(3))
+    oracle.assert_right(*form(c, a, t, 1.0, 5.3), oracle.truth(c, a, t, 1.0, 5.3), oracle.TOLERANCES[dtype])
+    fewer = [x.index_fill(1, torch.tensor([1]), -INF) for x in (c, t)]
+    true = oracle.truth(fewer[0], a, fewer[1], 1.0, 5.3)
+    oracle.assert_right(*form(fewer[0], a, fewer[1], 1.0, 5.3), true, oracle.TOLERANCES[dtype])
+    for result in form(c, c, c, 1.0, 5.3):
+        assert (result == 0).all()
+
+
+@ALL_FORMS
+@ALL_DTYPES
+@ALL_WIDTHS
+@pytest.mark.parametrize("beta", [5.3, 0.7])
+def test_masked_in_the_adversarial_alone(beta: float, width: int, dtype: torch.dtype, form: Form) -> None:
+    """Probability where the prediction rules it out: infinitely wrong, and so said."""
+    c, a, t = logits(width, dtype)
+    a[5, 2] = a[7, 3] = t[7, 3] = a[9, 4] = c[9, 4] = -INF  # in all but a, in c alone, in t alone
+    rows, d_clean, d_adv = form(c, a, t, 0.7, beta)
+    assert (rows[[5, 7, 9]] == INF).all()
+    assert_others_unharmed([5, 7, 9], (rows, d_clean, d_adv), oracle.truth(c, a, t, 0.7, beta), dtype)
+
+
+@ALL_FORMS
+@ALL_DTYPES
+@ALL_WIDTHS
+@pytest.mark.parametrize("bad", ["all masked", "NaN", "+inf"])
+def test_no_answer(bad: str, width: int, dtype: torch.dtype, form: Form) -> None:
+    """A row without an answer in any one input is NaN, as are its gradients for that input."""
+    args = logits(width, dtype)
+    for row, x in zip((5, 13, 21), args, strict=True):
+        x[row, slice(None) if bad == "all masked" else 4] = {"all masked": -INF, "NaN": NAN, "+inf": INF}[bad]
+    rows, d_clean, d_adv = form(*args, 0.7, 5.3)
+    assert rows[[5, 13, 21]].isnan().all()
+    assert_others_unharmed([5, 13, 21], (rows, d_clean, d_adv), oracle.truth(*args, 0.7, 5.3), dtype)
+
+
+def assert_others_unharmed(
+    rows: list[int], result: tuple[Tensor, Tensor, Tensor], true: oracle.Truth, dtype: torch.dtype
+) -> None:
+    others = np.setdiff1d(np.arange(ROWS), rows)
+    oracle.assert_right(
+        *(x[others] for x in result), oracle.Truth(*(x[others] for x in true)), oracle.TOLERANCES[dtype]
+    )

@@ -1,0 +1,127 @@
+"""Differentiated twice, the loss is still right: Hessians and gradient penalties are never silently wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from cktat_loss import reference
+from cktat_loss.functional import cktat_loss, cktat_terms
+
+TAU, BETA = 0.7, 5.3
+REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "loss": lambda c, a, t: cktat_loss(c, a, t, TAU, BETA),
+    "terms": lambda c, a, t: sum(w * k.mean() for w, k in zip((1, BETA), cktat_terms(c, a, t, TAU), strict=True)),
+}
+EACH_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def logits(n: int = 3, classes: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    clean, adv, teacher = 2 * torch.randn(3, n, classes, dtype=torch.float64)
+    return clean.requires_grad_(), adv.requires_grad_(), teacher
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("beta", [BETA, torch.tensor([0.0, 0.7, 5.3], dtype=torch.float64)], ids=["float", "tensor"])
+def test_loss(beta: Any, reduction: Any) -> None:
+    clean, adv, teacher = logits()
+
+    def loss(clean: Tensor, adv: Tensor) -> Tensor:
+        return cktat_loss(clean, adv, teacher, TAU, beta, reduction=reduction)
+
+    assert gradcheck(loss, (clean, adv))
+    assert gradgradcheck(loss, (clean, adv))
+
+
+def test_terms() -> None:
+    clean, adv, teacher = logits()
+    assert gradcheck(lambda c, a: cktat_terms(c, a, teacher, TAU), (clean, adv))
+    assert gradgradcheck(lambda c, a: cktat_terms(c, a, teacher, TAU), (clean, adv))
+
+
+def test_one_side_only() -> None:
+    clean, adv, teacher = logits()
+    for fixed in (clean, adv):
+        fixed.requires_grad_(False)
+        assert gradgradcheck(lambda c, a: cktat_loss(c, a, teacher, TAU, BETA), (clean, adv))
+        fixed.requires_grad_(True)
+    assert gradgradcheck(lambda c, a: cktat_loss(c, a, teacher, TAU, BETA, detach_clean=True), (clean.detach(), adv))
+
+
+@pytest.mark.parametrize("where", ["all", "teacher", "clean"])
+def test_under_masks(where: str) -> None:
+    clean, adv, teacher = logits()
+    mask = torch.tensor([[False, True, False, False], [False, False, True, True], [False] * 4])
+    if where in ("all", "teacher"):
+        teacher = teacher.masked_fill(mask, -torch.inf)
+
+    def loss(clean: Tensor, adv: Tensor) -> Tensor:
+        clean = clean.masked_fill(mask, -torch.inf) if where in ("all", "clean") else clean
+        adv = adv.masked_fill(mask, -torch.inf) if where == "all" else adv
+        return cktat_loss(clean, adv, teacher, TAU, BETA)
+
+    assert gradcheck(loss, (clean, adv))
+    assert gradgradcheck(loss, (clean, adv))
+
+
+def test_at_equal_predictions() -> None:
+    """The minimum: a zero gradient, but not a zero Hessian."""
+    clean, adv, _ = logits()
+    adv.data.copy_(clean)
+    teacher = TAU * clean.detach()
+    assert gradgradcheck(lambda c, a: cktat_loss(c, a, teacher, TAU, BETA), (clean, adv))
+    (gradient,) = torch.autograd.grad(cktat_loss(clean, adv, teacher, TAU, BETA), adv, create_graph=True)
+    (second,) = torch.autograd.grad(gradient[0, 0], adv)
+    p = adv[0].softmax(0)
+    torch.testing.assert_close(second[0, 0], (1 + BETA) / 3 * p[0] * (1 - p[0]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@EACH_LOSS
+def test_hessian(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    clean, adv, teacher = (x.detach().to(dtype) for x in logits())
+    actual = torch.autograd.functional.hessian(lambda c, a: loss(c, a, teacher), (clean, adv))
+    expected = torch.autograd.functional.hessian(
+        lambda c, a: reference.cktat_loss(c, a, teacher.double(), TAU, BETA), (clean.double(), adv.double())
+    )
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    for row, expected_row in zip(actual, expected, strict=True):
+        for block, expected_block in zip(row, expected_row, strict=True):
+            torch.testing.assert_close(block.double(), expected_block, rtol=tolerance, atol=tolerance * (1 + BETA))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (40, 17), (40, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@EACH_LOSS
+def test_gradient_penalty(loss: Callable[..., Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    clean, adv, teacher = (x.detach().to(dtype) for x in logits(*shape))
+
+    def penalty(loss: Callable[..., Tensor], *logits: Tensor) -> tuple[Tensor, ...]:
+        clean, adv = (x.clone().requires_grad_() for x in logits[:2])
+        d_clean, d_adv = torch.autograd.grad(loss(clean, adv, logits[2]), (clean, adv), create_graph=True)
+        value = (d_clean.square().sum() + d_adv.square().sum()) * shape[0]
+        return value.detach(), *torch.autograd.grad(value, (clean, adv))
+
+    actual = penalty(loss, clean, adv, teacher)
+    expected = penalty(
+        lambda c, a, t: reference.cktat_loss(c, a, t, TAU, BETA), clean.double(), adv.double(), teacher.double()
+    )
+    assert expected[0] > 1
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    for x, true in zip(actual, expected, strict=True):
+        error = (x.double() - true).abs().max() / true.abs().max()
+        assert error <= tolerance
+
+
+def test_first_backward_with_a_graph_changes_no_gradient() -> None:
+    clean, adv, teacher = logits()
+    loss = cktat_loss(clean, adv, teacher, TAU, BETA)
+    with_graph = torch.autograd.grad(loss, (clean, adv), create_graph=True)
+    without = torch.autograd.grad(loss, (clean, adv))
+    for x, y in zip(with_graph, without, strict=True):
+        assert x.requires_grad
+        torch.testing.assert_close(x.detach(), y, rtol=1e-11, atol=1e-13)

@@ -1,0 +1,80 @@
+"""A tiny KL, as at the end of training, is right to 2e-3 and never negative; none at all is exactly zero."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from tests.forms import FORMS, Form, compiled
+
+SHAPES = [(50, 10), (40, 100), (200, 100), (40, 1000), (3, 21841)]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def nearly_equal(shape: tuple[int, int], gap: float, tau: float = 1.0) -> list[Tensor]:
+    """Clean, adversarial and teacher logits ~ 30 +- 5, with a KL of about gap**2 / 2."""
+    base = 30 + 5 * torch.randn(shape, dtype=torch.float64)
+    clean, adv, teacher = (base + gap * torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    return [clean.float(), adv.float(), (tau * teacher).float()]
+
+
+def each_term(form: Form, *logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    guidance = form(*logits, tau, 0.0)[0]
+    both = form(*logits, tau, 1.0)[0]
+    alone = form(logits[0], logits[1], logits[1], 1.0, 1.0)[0]  # guidance exactly zero
+    assert (both >= guidance).all()
+    return guidance, alone
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small(shape: tuple[int, int], tau: float, form: Form) -> None:
+    logits = nearly_equal(shape, gap=2e-3, tau=tau)
+    true = oracle.truth(*logits, tau, 1.0)
+    assert 1e-7 < true.guidance.mean() < 1e-5
+    for term, expected in zip(each_term(form, *logits, tau=tau), true[:2], strict=True):
+        assert np.max(np.abs(oracle.array(term) / expected - 1)) < 2e-3
+
+
+def test_small_compiled() -> None:
+    logits = nearly_equal((40, 1000), gap=2e-3)
+    rows, _, _ = compiled(*logits, 1.0, 1.0)
+    assert np.max(np.abs(oracle.array(rows) / oracle.truth(*logits, 1.0, 1.0).rows - 1)) < 2e-3
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_from_tiny_to_ordinary(shape: tuple[int, int], form: Form) -> None:
+    """No seam where the summation changes: a KL of 1e-2 is as right as one of 1."""
+    for gap in (0.03, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
+        logits = nearly_equal(shape, gap)
+        oracle.assert_right(*form(*logits, 1.0, 1.0), oracle.truth(*logits, 1.0, 1.0), 2e-5, note=f"gap {gap}")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_never_negative(form: Form) -> None:
+    for shape in SHAPES:
+        for gap in (0.0, 1e-7, 1e-5, 1e-4):
+            for scale in (0.05, 1, 20):
+                clean, adv, teacher = (scale * x for x in nearly_equal(shape, gap))
+                assert (form(clean, adv, teacher, 1.0, 1.0)[0] >= 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_equal_predictions_are_exactly_zero(tau: float, dtype: torch.dtype, form: Form) -> None:
+    for shape in SHAPES:
+        for scale in (0.3, 5, 60):
+            logits = (scale * torch.randn(shape)).to(dtype)
+            for result in form(logits, logits, logits * tau, tau, 5.3):
+                assert (result == 0).all(), f"{shape}, scale {scale}: {result.abs().max()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_predictions_are_exactly_zero_compiled(dtype: torch.dtype) -> None:
+    logits = (5 * torch.randn(40, 17)).to(dtype)
+    for result in compiled(logits, logits, 2 * logits, 2.0, 5.3):
+        assert (result == 0).all()

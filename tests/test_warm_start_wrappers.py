@@ -1,0 +1,246 @@
+"""warm_start sees through wrappers, nested in any order, on either side, and takes no child for one."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from cktat_loss.warm_start import WarmStartReport, _unwrapped, warm_start
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "parallel": DataParallel,
+    "ddp": DistributedDataParallel,
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "averaged": AveragedModel,
+}
+PAIRS = [(outer, inner) for outer in WRAPPERS for inner in WRAPPERS]
+PAIRS.remove(("compiled", "compiled"))  # torch.compile makes a function, not a module, of a compiled module
+NESTINGS: list[tuple[str, ...]] = [(), *((outer,) for outer in WRAPPERS), *PAIRS]
+nestings = {"argvalues": NESTINGS, "ids": [" of ".join(nesting) or "bare" for nesting in NESTINGS]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Net(nn.Module):
+    """Weights and BatchNorm statistics that no other instance has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 2)
+        self.features[1].running_mean.normal_()
+        self.features[1].num_batches_tracked.fill_(int(torch.randint(1, 10**6, ())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class Named(nn.Module):
+    """A model with a child that really is called `module`, alone or next to a sister."""
+
+    def __init__(self, sister: bool) -> None:
+        super().__init__()
+        self.module = Net()
+        if sister:
+            self.head = nn.Linear(4, 2)
+
+
+NAMES = tuple(Net().state_dict())
+ALL = WarmStartReport(copied=NAMES, missing=(), unexpected=(), mismatched=())
+
+
+def wrap(module: nn.Module, nesting: tuple[str, ...]) -> tuple[nn.Module, nn.Module]:
+    """The wrapped model, and the one within (AveragedModel makes its own)."""
+    wrapped = module
+    for name in reversed(nesting):
+        wrapped = WRAPPERS[name](wrapped)
+    within = wrapped
+    for name in nesting:
+        within = getattr(within, "_orig_mod" if name == "compiled" else "module")
+    return wrapped, within
+
+
+def assert_same(student: nn.Module, teacher: nn.Module) -> None:
+    torch.testing.assert_close(student.state_dict(), teacher.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("around_student", **nestings)
+@pytest.mark.parametrize("around_teacher", **nestings)
+def test_every_nesting_against_every_other(around_student: tuple[str, ...], around_teacher: tuple[str, ...]) -> None:
+    (student, inner_student), (teacher, inner_teacher) = (
+        wrap(Net(), around_student),
+        wrap(Net(), around_teacher),
+    )
+    assert warm_start(student, teacher) == ALL
+    assert_same(inner_student, inner_teacher)
+
+
+@pytest.mark.parametrize("nesting", **nestings)
+def test_every_nesting_in_a_state_dict(nesting: tuple[str, ...]) -> None:
+    student, (teacher, inner_teacher) = Net(), wrap(Net(), nesting)
+    assert warm_start(student, teacher.state_dict()) == ALL
+    assert_same(student, inner_teacher)
+
+
+@pytest.mark.parametrize("nesting", **nestings)
+@pytest.mark.parametrize("sister", [False, True], ids=["alone", "with a sister"])
+def test_a_child_called_module_is_no_wrapper(nesting: tuple[str, ...], sister: bool) -> None:
+    for wrapped_side in ("student", "teacher", "state_dict"):
+        student, teacher = Named(sister), Named(sister)
+        if wrapped_side == "student":
+            outer, student = wrap(student, nesting)
+            report = warm_start(outer, teacher)
+        else:
+            outer, teacher = wrap(teacher, nesting)
+            report = warm_start(student, outer if wrapped_side == "teacher" else outer.state_dict())
+        assert report.copied == tuple(Named(sister).state_dict())
+        assert_same(student, teacher)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("place", ["features", "features.1", "head"])
+def test_a_wrapper_in_the_middle(name: str, place: str) -> None:
+    parent, _, child = place.rpartition(".")
+    wrapped, bare = Net(), Net()
+    expected = copy.deepcopy(wrapped)
+    wrapped.get_submodule(parent)._modules[child] = WRAPPERS[name](wrapped.get_submodule(place))
+    assert set(wrapped.state_dict()) != set(NAMES)
+
+    assert warm_start(bare, wrapped) == ALL
+    assert_same(bare, expected)
+    assert warm_start(Net(), wrapped.state_dict()) == ALL
+
+    other = Net()
+    assert warm_start(wrapped, other) == ALL
+    assert warm_start(bare, wrapped) == ALL
+    assert_same(bare, other)
+
+
+def test_a_child_called_module_next_to_its_namesakes() -> None:
+    """Names of equal shape at every level: read wrongly, the copy would be silent and wrong."""
+
+    class Twins(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.module = nn.Linear(2, 2)
+
+    student, teacher = Twins(), Twins()
+    warm_start(student, DataParallel(teacher).state_dict())
+    assert_same(student, teacher)
+    student = Twins()
+    warm_start(student, AveragedModel(teacher).state_dict())
+    assert_same(student, teacher)
+
+
+def test_part_of_a_model_with_a_child_called_module() -> None:
+    student, teacher = Named(sister=True), Named(sister=False)
+    report = warm_start(student, teacher.state_dict(), strict=False)
+    assert report.missing == ("head.weight", "head.bias")
+    assert not report.unexpected
+    assert_same(student.module, teacher.module)
+
+    student, teacher = Named(sister=False), Named(sister=True)
+    report = warm_start(student, teacher.state_dict(), strict=False)
+    assert report.unexpected == ("head.weight", "head.bias")
+    assert not report.missing
+    assert_same(student.module, teacher.module)
+
+
+def test_a_wrapper_of_the_users_own() -> None:
+    class Averaged(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.module = copy.deepcopy(model)
+
+    teacher, student = Averaged(Net()), Net()
+    assert warm_start(student, teacher) == ALL
+    assert_same(student, teacher.module)
+
+
+def test_a_parameter_called_like_a_wrapper() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Parameter(torch.randn(2))
+            self.register_buffer("n_averaged", torch.randn(2))
+
+    student, teacher = Odd(), Odd()
+    assert warm_start(student, DataParallel(teacher)).copied == ("module", "n_averaged")
+    assert_same(student, teacher)
+
+
+def test_n_averaged_is_not_written() -> None:
+    student, teacher = AveragedModel(Net()), AveragedModel(Net())
+    teacher.n_averaged.fill_(7)
+    warm_start(student, teacher)
+    assert int(student.n_averaged) == 0
+
+
+def test_names_that_would_fall_together_are_kept_apart() -> None:
+    student = nn.Sequential(nn.Linear(2, 2, bias=False))
+    state = {"0.weight": torch.ones(2, 2), "0._orig_mod.weight": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match=r"unexpected: 0\._orig_mod\.weight"):
+        warm_start(student, state)
+    report = warm_start(student, state, strict=False)
+    assert report.unexpected == ("0._orig_mod.weight",)
+    assert torch.equal(student[0].weight, torch.ones(2, 2))
+
+
+parts = st.sampled_from(["module", "_orig_mod", "n_averaged", "a", "b"])
+name_sets = st.sets(st.lists(parts, min_size=1, max_size=5).map(".".join), max_size=12)
+
+
+@given(name_sets)
+def test_no_two_names_ever_become_one(names: set[str]) -> None:
+    ordered = sorted(names)
+    clean = _unwrapped(ordered, None)
+    left_out = names - set(clean.values())
+    assert len(clean) + len(left_out) == len(names)
+    assert all("n_averaged" in name.split(".") for name in left_out)
+    assert len(_unwrapped(ordered, ())) == len(names)
+
+
+@pytest.mark.parametrize("sharded_side", ["student", "teacher", "state_dict"])
+def test_sharded_models_are_refused(sharded_side: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = nn.Sequential(fully_shard(Net(), mesh=init_device_mesh("cpu", (1,))))
+    bare = nn.Sequential(Net())
+    student, teacher = (sharded, bare) if sharded_side == "student" else (bare, sharded)
+    with pytest.raises(TypeError, match=r"(student|teacher).* must not be sharded.* before wrapping"):
+        warm_start(student, teacher.state_dict() if sharded_side == "state_dict" else teacher)
+
+
+def test_a_module_with_one_sharded_parameter_is_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    student, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+    student.weight = nn.Parameter(distribute_tensor(student.weight.detach(), init_device_mesh("cpu", (1,))))
+    with pytest.raises(TypeError, match=r"student must not be sharded .*: call warm_start before wrapping"):
+        warm_start(student, teacher)
+
+
+def test_an_fsdp_wrapper_is_refused_by_its_type() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Unstarted(FullyShardedDataParallel):  # the real one wants an accelerator to start
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self._fsdp_wrapped_module = module
+
+    with pytest.raises(TypeError, match="teacher must not be sharded"):
+        warm_start(Net(), Unstarted(Net()))
