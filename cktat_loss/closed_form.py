@@ -26,7 +26,7 @@ BLOCK_ELEMENTS_WITHOUT_CACHE = 1 << 24
 # Up to here a call costs more than its arithmetic, and float64 needs fewer calls: it has no small-KL case.
 DOUBLE_UP_TO_ELEMENTS = 8192
 # torch's CPU softmax adds up a row in one go, so that a long one is off by up to 1e-5; torch's sum adds pairwise.
-LONG_ROW = 512
+LONG_ROW = 1024
 # Rounding leaves up to some 1e-7 in a plain float32 sum of p d: a KL below this is summed again, termwise.
 PLAIN_SUM_DOWN_TO = 0.02
 
