@@ -23,8 +23,8 @@ from cktat_loss.divergence import SERIES_BELOW, compute_dtype, kl_elements, smal
 BLOCK_ELEMENTS_PER_THREAD = 51200
 # Where there is no cache to stay in, a block only bounds the memory.
 BLOCK_ELEMENTS_WITHOUT_CACHE = 1 << 24
-# Up to here a call costs more than its arithmetic, and float64 needs fewer calls: it has no small-KL case.
-DOUBLE_UP_TO_ELEMENTS = 8192
+# Up to here a call costs more than its arithmetic: the fewest calls win.
+FEW_CALLS_UP_TO_ELEMENTS = 20000
 # torch's CPU softmax adds up a row in one go, so that a long one is off by up to 1e-5; torch's sum adds pairwise.
 LONG_ROW = 1024
 # Rounding leaves up to some 1e-7 in a plain float32 sum of p d: a KL below this is summed again, termwise.
@@ -75,7 +75,9 @@ def fused(
     """
     n, classes = clean.shape
     dtype = compute_dtype(clean, adv, teacher)
-    double = dtype == torch.float64 or (branch_on_data and n * classes <= DOUBLE_UP_TO_ELEMENTS)
+    divergences = _in_double if dtype == torch.float64 else _in_single
+    if dtype == torch.float32 and branch_on_data and n * classes <= FEW_CALLS_UP_TO_ELEMENTS:
+        divergences = _in_few_calls
     block = BLOCK_ELEMENTS_WITHOUT_CACHE
     if branch_on_data:
         block = BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
@@ -83,8 +85,7 @@ def fused(
     def compute(rows: slice) -> Fused:
         logits = (clean[rows], adv[rows], teacher[rows])
         w1, w2 = (w[rows, None] if isinstance(w, Tensor) and w.ndim else w for w in (w_guidance, w_consistency))
-        parts = _in_double(*logits, tau, branch_on_data) if double else _in_single(*logits, tau, branch_on_data)
-        return _with_gradients(parts, w1, w2, clean_grad, adv_grad)
+        return _with_gradients(divergences(*logits, tau, branch_on_data), w1, w2, clean_grad, adv_grad)
 
     step = max(1, block // classes)
     if n <= step:
@@ -139,6 +140,24 @@ def _in_double(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, branch_o
     p_t, p_c, p_a = p.unbind()
     guidance, consistency, _ = kl.clamp(min=0).unbind()
     return _Divergences(p_t, p_c, p_a, d[1], kl[1], guidance, consistency)
+
+
+def _in_few_calls(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, branch_on_data: bool) -> _Divergences:
+    """All summands termwise, for small blocks of float32 or less: everything to all three at once.
+
+    Where expm1 overflows, or meets inf - inf, the sum tells, and the block is done in float64.
+    """
+    t = teacher.float()
+    t = (t - t.amax(1, keepdim=True)) / tau
+    log_p = torch.stack((t, clean, adv)).log_softmax(2)  # (3, N, C), float32
+    p = log_p.exp()
+    d = log_p - log_p[2]
+    kl = d.neg().expm1_().add_(d).mul_(p).sum(2)  # p (d + expm1(-d)), the adversarial part zero
+    if not math.isfinite(kl.sum().item()):
+        return _in_double(clean, adv, teacher, tau, branch_on_data)
+    p_t, p_c, p_a = p.unbind()
+    guidance, consistency, _ = kl.clamp_(min=0).unbind()
+    return _Divergences(p_t, p_c, p_a, d[1], consistency, guidance, consistency)
 
 
 def _in_single(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, branch_on_data: bool) -> _Divergences:

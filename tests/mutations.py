@@ -40,6 +40,14 @@ WRAPPERS = "test_warm_start_wrappers.py"
 MUTATIONS = [
     # The formula.
     Mutation("tau dropped", "closed_form", "(teacher.double() / tau,", "(teacher.double(),", ACCURACY),
+    Mutation("tau dropped, few calls", "closed_form", "keepdim=True)) / tau", "keepdim=True))", ACCURACY),
+    Mutation(
+        "expm1 dropped, few calls",
+        "closed_form",
+        "d.neg().expm1_().add_(d)",
+        "d.clone()",
+        "test_small_kl.py::test_small",
+    ),
     Mutation("tau dropped, single precision", "closed_form", "x[0] /= tau", "x[0] /= 1", ACCURACY),
     Mutation("tau dropped, in graphs", "divergence", "shifted if tau is None else shifted / tau", "shifted", ACCURACY),
     Mutation("tau divides the student", "closed_form", "/ tau, clean, adv", "/ tau, clean / tau, adv / tau", ACCURACY),
