@@ -113,10 +113,8 @@ class _Terms(torch.autograd.Function):
         ctx.save_for_backward(clean, adv, teacher)
         ctx.tau = tau
         guidance, consistency = _forward(clean, adv, teacher, tau)
-        return (
-            guidance.clone(),
-            consistency.clone(),
-        )  # not two views of one tensor, which autograd would guard
+        # Copies, not two views of one tensor, which autograd would guard against changes.
+        return guidance.clone(), consistency.clone()
 
     @staticmethod
     def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:

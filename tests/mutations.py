@@ -352,14 +352,14 @@ MUTATIONS = [
     Mutation(
         "tau not checked",
         "checks",
-        "if not SMALLEST_FLOAT32 <= value < math.inf:",
+        "if not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:",
         "if False:",
         "test_criterion.py::test_bad_schedules_are_refused",
     ),
     Mutation(
         "beta not checked",
         "checks",
-        "if not 0 <= value < math.inf:",
+        "if not 0 <= value <= LARGEST_FLOAT32:",
         "if False:",
         "test_criterion.py::test_bad_schedules_are_refused",
     ),
