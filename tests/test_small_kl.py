@@ -63,6 +63,16 @@ def test_never_negative(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_never_negative_in_float64(form: Form) -> None:
+    """Where plain sums round to either side of zero."""
+    for gap in (1e-7, 1e-6, 1e-5):
+        for scale in (1, 10, 30, 100):
+            clean = scale * torch.randn(64, 17, dtype=torch.float64)
+            adv = clean * (1 + gap * torch.randn_like(clean))
+            assert (form(clean, adv, clean, 1.0, 1.0)[0] >= 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 def test_equal_predictions_are_exactly_zero(tau: float, dtype: torch.dtype, form: Form) -> None:
