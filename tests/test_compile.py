@@ -212,6 +212,7 @@ def test_a_shared_compiled_teacher_in_a_graph(counter):
     assert all(m.training for m in training.teacher.modules())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch 2.13's own, inside inductor
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_inductor_gives_the_eager_gradients():
     clean, adv, teacher = (torch.randn(4, CLASSES) for _ in range(3))
