@@ -79,8 +79,9 @@ def fused(
     if dtype == torch.float32 and branch_on_data and n * classes <= FEW_CALLS_UP_TO_ELEMENTS:
         divergences = _in_few_calls
     block = BLOCK_ELEMENTS_WITHOUT_CACHE
-    if branch_on_data:
-        block = BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
+    if branch_on_data:  # a share for each thread, but of a large problem no more than a fifth
+        block = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
+        block = max(block, BLOCK_ELEMENTS_PER_THREAD)
 
     def compute(rows: slice) -> Fused:
         logits = (clean[rows], adv[rows], teacher[rows])
