@@ -31,18 +31,25 @@ def ours(clean: Tensor, adv: Tensor, teacher: Tensor) -> Tensor:
     return functional.cktat_loss(clean, adv, teacher, TAU, BETA)
 
 
-def logits(n: int, classes: int, noise: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def closed_form(clean: Tensor, adv: Tensor, teacher: Tensor) -> Tensor:
+    return functional.cktat_loss(clean, adv, teacher, TAU, BETA, backend="torch")
+
+
+def logits(n: int, classes: int, noise: float | None, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Of scale 4; with ``noise``, the adversarial ones are the clean ones and that much noise."""
-    clean, adv, teacher = 4 * torch.randn(3, n, classes)
+    clean, adv, teacher = 4 * torch.randn(3, n, classes, device=device)
     if noise is not None:
         adv = clean + noise * adv / 4
     return clean.clone().requires_grad_(), adv.clone().requires_grad_(), teacher.clone()
 
 
 def seconds(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], repeats: int) -> float:
+    wait = torch.cuda.synchronize if inputs[0].is_cuda else int
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         torch.autograd.grad(loss(*inputs), inputs[:2])
+    wait()
     return (time.perf_counter() - start) / repeats
 
 
@@ -69,8 +76,15 @@ def row(runs: dict[str, list[float]]) -> str:
     return " | ".join(cells)
 
 
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU's)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--rounds", type=int, default=21, help="timed rounds of each contender (default: 21)")
     parser.add_argument("--compile", action="store_true", help="add torch.compile of both (needs a C++ compiler)")
@@ -79,10 +93,12 @@ def main() -> None:
     torch.manual_seed(0)
 
     contenders: dict[str, Loss] = {"usual": usual, "ours": ours}
+    if args.device == "cuda":
+        contenders["closed form"] = closed_form
     if args.compile:
         contenders |= {"usual, compiled": torch.compile(usual), "ours, compiled": torch.compile(ours)}
     print(
-        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} thread(s), "
+        f"{machine(args.device)}, {args.threads} CPU thread(s), "
         f"torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}; float32, forward "
         "and backward; medians (20 - 80 % quantiles) of the ratio, round by round\n"
     )
@@ -93,7 +109,8 @@ def main() -> None:
     for noise, kind in ((None, "independent"), (1.0, "noise 1"), (0.01, "small KL")):
         for n, classes in SHAPES:
             torch.compiler.reset()
-            print(f"| {n} x {classes} | {kind} | {row(compare(contenders, logits(n, classes, noise), args.rounds))} |")
+            runs = compare(contenders, logits(n, classes, noise, args.device), args.rounds)
+            print(f"| {n} x {classes} | {kind} | {row(runs)} |", flush=True)
 
 
 if __name__ == "__main__":

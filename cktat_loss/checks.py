@@ -15,6 +15,7 @@ from torch import Tensor
 from cktat_loss import kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_NEEDS = "it needs Triton and a CUDA or ROCm GPU; use 'auto' or 'torch'"
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
 
@@ -41,8 +42,15 @@ def reduction(value: str) -> None:
 def backend(value: str, *logits: Tensor) -> None:
     """A known backend that, where it insists on Triton, can serve all of ``logits``."""
     choice("backend", value, ("auto", "triton", "torch"))
-    if value == "triton" and not kernels.is_available():
-        raise RuntimeError("backend='triton' needs the Triton kernels, which are not available; use 'auto' or 'torch'")
+    if value != "triton":
+        return
+    if not logits and not kernels.is_available():
+        raise RuntimeError(f"backend='triton' is not available here: {TRITON_NEEDS}")
+    for name, x in zip(("clean_logits", "adv_logits", "teacher_logits"), logits, strict=False):
+        if x.dtype == torch.float64:
+            raise TypeError(f"backend='triton' takes half and single precision, got {name}: {describe(x)}")
+        if not kernels.supports(x):
+            raise RuntimeError(f"backend='triton' is not available for {name}, {describe(x)}: {TRITON_NEEDS}")
 
 
 def choice(name: str, got: object, choices: tuple[str, ...]) -> None:

@@ -72,7 +72,7 @@ def cktat_loss(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    return ops.cktat_loss(clean, adv_logits, teacher_logits.detach(), tau, beta, reduction)
+    return ops.cktat_loss(clean, adv_logits, teacher_logits.detach(), tau, beta, reduction, backend)
 
 
 def cktat_terms(
@@ -103,7 +103,7 @@ def cktat_terms(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    return ops.cktat_terms(clean, adv_logits, teacher_logits.detach(), tau)
+    return ops.cktat_terms(clean, adv_logits, teacher_logits.detach(), tau, backend)
 
 
 def cktat_loss_and_grads(
@@ -145,4 +145,4 @@ def cktat_loss_and_grads(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     logits = clean_logits.detach(), adv_logits.detach(), teacher_logits.detach()
-    return ops.cktat_loss_and_grads(*logits, tau, beta, reduction, grad_scale, not detach_clean)
+    return ops.cktat_loss_and_grads(*logits, tau, beta, reduction, grad_scale, not detach_clean, backend)

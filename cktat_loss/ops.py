@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cktat_loss import closed_form, divergence
+from cktat_loss import closed_form, divergence, kernels, operators
 from cktat_loss.closed_form import Fused
 from cktat_loss.divergence import compute_dtype
 
@@ -20,21 +20,29 @@ class CKTATTerms(NamedTuple):
     consistency: Tensor
 
 
-def cktat_loss(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor, reduction: str) -> Tensor:
+def cktat_loss(
+    clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor, reduction: str, backend: str
+) -> Tensor:
     """Eq. 17, reduced: a scalar, or (N,) for "none". Differentiable in ``clean`` and ``adv`` as often as asked."""
     if _traced():
-        return _reduce(CKTATTerms(*divergence.terms(clean, adv, teacher, tau)), beta, reduction, clean, adv, teacher)
+        return _reduce(_traced_terms(clean, adv, teacher, tau, backend), beta, reduction, clean, adv, teacher)
+    triton = _to_triton(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
-        return _Loss.apply(clean, adv, teacher, tau, beta, reduction)  # type: ignore[no-any-return]
+        return _Loss.apply(clean, adv, teacher, tau, beta, reduction, triton)  # type: ignore[no-any-return]
+    if triton:
+        return kernels.loss(clean, adv, teacher, tau, beta, reduction).value
     return _reduce(_forward(clean, adv, teacher, tau), beta, reduction, clean, adv, teacher)
 
 
-def cktat_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> CKTATTerms:
+def cktat_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, backend: str) -> CKTATTerms:
     """Both terms of Eq. 17. Differentiable in ``clean`` and ``adv`` as often as asked."""
     if _traced():
-        return CKTATTerms(*divergence.terms(clean, adv, teacher, tau))
+        return _traced_terms(clean, adv, teacher, tau, backend)
+    triton = _to_triton(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
-        return CKTATTerms(*_Terms.apply(clean, adv, teacher, tau))
+        return CKTATTerms(*_Terms.apply(clean, adv, teacher, tau, triton))
+    if triton:
+        return CKTATTerms(*kernels.terms(clean, adv, teacher, tau)[:2])
     return _forward(clean, adv, teacher, tau)
 
 
@@ -47,9 +55,12 @@ def cktat_loss_and_grads(
     reduction: str,
     grad_scale: float | Tensor,
     clean_grad: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The reduced loss, and ``grad_scale`` times its gradients, in one pass and without a graph."""
     with torch.no_grad():
+        if not _traced() and _to_triton(backend, clean, adv, teacher):
+            return kernels.loss_and_grads(clean, adv, teacher, tau, beta, reduction, grad_scale, need_clean=clean_grad)
         out = _fused(clean, adv, teacher, tau, closed_form.ONE, beta, clean_grad=clean_grad, adv_grad=True)
         scale = grad_scale / max(1, clean.shape[0]) if reduction == "mean" else grad_scale
         d_clean, d_adv = _scaled(out.d_clean, scale, clean), _scaled(out.d_adv, scale, adv)
@@ -60,9 +71,9 @@ def cktat_loss_and_grads(
 class _Loss(torch.autograd.Function):
     """The whole loss as one node, so that autograd adds no work of its own around it.
 
-    One pass gives the loss and the gradients for an upstream gradient of one, in float32 or float64; the backward
-    pass scales them and casts. They are held for one backward pass only: a second one, over a retained graph,
-    computes them again.
+    In closed form, one pass gives the loss and the gradients for an upstream gradient of one, in float32 or float64;
+    the backward pass scales them and casts. They are held for one backward pass only: a second one, over a retained
+    graph, computes them again. The Triton kernels save row statistics instead, and make the gradients of them later.
     """
 
     @staticmethod
@@ -74,9 +85,15 @@ class _Loss(torch.autograd.Function):
         tau: float,
         beta: float | Tensor,
         reduction: str,
+        triton: bool,
     ) -> Tensor:
-        ctx.save_for_backward(clean, adv, teacher, beta if isinstance(beta, Tensor) else None)
         ctx.tau, ctx.beta, ctx.reduction = tau, beta, reduction
+        saved = clean, adv, teacher, beta if isinstance(beta, Tensor) else None
+        if triton:
+            loss, state = kernels.loss(clean, adv, teacher, tau, beta, reduction, save_state=True)
+            ctx.save_for_backward(*saved, state)
+            return loss
+        ctx.save_for_backward(*saved, None)
         clean_grad, adv_grad = ctx.needs_input_grad[:2]
         out = _fused(clean, adv, teacher, tau, closed_form.ONE, beta, clean_grad=clean_grad, adv_grad=adv_grad)
         ctx.gradients = out.d_clean, out.d_adv
@@ -84,7 +101,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        clean, adv, teacher, beta = ctx.saved_tensors
+        clean, adv, teacher, beta, state = ctx.saved_tensors
         beta = ctx.beta if beta is None else beta
         clean_grad, adv_grad = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or _traced(upstream):
@@ -93,7 +110,13 @@ class _Loss(torch.autograd.Function):
                 terms = CKTATTerms(*divergence.terms(clean, adv, teacher, ctx.tau))
                 return (_reduce(terms, beta, ctx.reduction, clean, adv, teacher),)
 
-            return *_differentiable_backward(loss, clean, adv, (upstream,), ctx.needs_input_grad), *[None] * 4
+            return *_differentiable_backward(loss, clean, adv, (upstream,), ctx.needs_input_grad), *[None] * 5
+        if state is not None:
+            scale = 1 / max(1, clean.shape[0]) if ctx.reduction == "mean" else 1.0
+            return *kernels.gradients(
+                clean, adv, teacher, ctx.tau, state, upstream, upstream,
+                beta=beta, scale=scale, need_clean=clean_grad, need_adv=adv_grad,
+            ), *[None] * 5  # fmt: skip
         if ctx.gradients is None:
             out = _fused(clean, adv, teacher, ctx.tau, closed_form.ONE, beta, clean_grad=clean_grad, adv_grad=adv_grad)
             ctx.gradients = out.d_clean, out.d_adv
@@ -102,23 +125,27 @@ class _Loss(torch.autograd.Function):
             upstream = upstream / max(1, clean.shape[0])
         elif ctx.reduction == "none":
             upstream = upstream.unsqueeze(1)
-        return _scaled(d_clean, upstream, clean), _scaled(d_adv, upstream, adv), *[None] * 4
+        return _scaled(d_clean, upstream, clean), _scaled(d_adv, upstream, adv), *[None] * 5
 
 
 class _Terms(torch.autograd.Function):
     """Both terms as one node; with two upstream gradients a row, the backward pass computes the gradients anew."""
 
     @staticmethod
-    def forward(ctx: Any, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(clean, adv, teacher)
+    def forward(ctx: Any, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, triton: bool) -> tuple[Tensor, ...]:
         ctx.tau = tau
+        if triton:
+            *both, state = kernels.terms(clean, adv, teacher, tau, save_state=True)
+            ctx.save_for_backward(clean, adv, teacher, state)
+            return tuple(both)
+        ctx.save_for_backward(clean, adv, teacher, None)
         guidance, consistency = _forward(clean, adv, teacher, tau)
         # Copies, not two views of one tensor, which autograd would guard against changes.
         return guidance.clone(), consistency.clone()
 
     @staticmethod
     def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:
-        clean, adv, teacher = ctx.saved_tensors
+        clean, adv, teacher, state = ctx.saved_tensors
         clean_grad, adv_grad = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or _traced(w_guidance, w_consistency):
 
@@ -126,9 +153,30 @@ class _Terms(torch.autograd.Function):
                 return divergence.terms(clean, adv, teacher, ctx.tau)
 
             weights = (w_guidance, w_consistency)
-            return *_differentiable_backward(terms, clean, adv, weights, ctx.needs_input_grad), None, None
+            return *_differentiable_backward(terms, clean, adv, weights, ctx.needs_input_grad), *[None] * 3
+        if state is not None:
+            return *kernels.gradients(
+                clean, adv, teacher, ctx.tau, state, w_guidance, w_consistency, need_clean=clean_grad, need_adv=adv_grad
+            ), *[None] * 3
         out = _fused(clean, adv, teacher, ctx.tau, w_guidance, w_consistency, clean_grad=clean_grad, adv_grad=adv_grad)
-        return _scaled(out.d_clean, 1.0, clean), _scaled(out.d_adv, 1.0, adv), None, None
+        return _scaled(out.d_clean, 1.0, clean), _scaled(out.d_adv, 1.0, adv), *[None] * 3
+
+
+def _to_triton(backend: str, *logits: Tensor) -> bool:
+    """Whether the kernels take these: on CPU tensors (Triton's interpreter) only where asked for by name."""
+    if backend == "triton":
+        return True  # or checks.py would have said no
+    return backend == "auto" and all(x.device.type != "cpu" and kernels.supports(x) for x in logits)
+
+
+def _traced_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, backend: str) -> CKTATTerms:
+    """For torch.compile the kernels are operators. Transforms map and differentiate plain ops as often as they like."""
+    if not torch._C._are_functorch_transforms_active() and _to_triton(backend, clean, adv, teacher):
+        # A tensor, since an operator's float is a constant of the graph: a schedule would compile it every time. By a
+        # product, since that is what the compiler takes for a variable one.
+        tau_now = tau * adv.new_ones((), dtype=torch.float32)
+        return CKTATTerms(*operators.terms(clean, adv, teacher, tau_now)[:2])
+    return CKTATTerms(*divergence.terms(clean, adv, teacher, tau))
 
 
 def _traced(*upstream: Tensor) -> bool:

@@ -1,8 +1,78 @@
-"""The Triton backend, imported as ``cktat_loss.kernels``."""
+"""The Triton backend, imported as ``cktat_loss.kernels``: both terms, the loss and its gradients, from the logits.
+
+Triton is imported with the first launch, not with the package: it is slow to import, and not there on every machine.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .launch import Loss, LossAndGradients, Terms, gradients, loss, loss_and_grads, terms
+
+__all__ = [
+    "Loss",
+    "LossAndGradients",
+    "Terms",
+    "gradients",
+    "is_available",
+    "loss",
+    "loss_and_grads",
+    "supports",
+    "terms",
+]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SMALLEST_CAPABILITY = (7, 0)  # of an NVIDIA GPU that Triton compiles for
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # from an import hook
+        return False
+
+
+INSTALLED = _installed()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import launch
+
+    globals()[name] = value = getattr(launch, name)
+    return value
+
 
 def is_available() -> bool:
-    """Whether the Triton kernels can run here. They are not written yet."""
-    return False
+    """Whether Triton is installed and has something to run on: a GPU, or its interpreter."""
+    return INSTALLED and (torch.cuda.is_available() or _interpreting())
+
+
+def supports(tensor: Tensor) -> bool:
+    """Whether this tensor may go to Triton: half or single precision, on a CUDA or ROCm GPU.
+
+    CPU tensors only where Triton's interpreter runs the kernels. The one place that looks at the device.
+    """
+    if not INSTALLED or tensor.dtype not in DTYPES:
+        return False
+    if tensor.device.type == "cuda":  # ROCm's name too
+        return torch.version.hip is not None or torch.cuda.get_device_capability(tensor.device) >= SMALLEST_CAPABILITY
+    return tensor.device.type == "cpu" and _interpreting()
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y") and _defined_to_interpret()
+
+
+def _defined_to_interpret() -> bool:
+    """The variable counts when the kernels are defined, once in a process."""
+    from . import launch
+
+    return launch.interprets()

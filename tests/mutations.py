@@ -32,9 +32,17 @@ class Mutation(NamedTuple):
     new: str
     test: str
 
+    @property
+    def mode(self) -> tuple[str, ...]:
+        """How pytest runs the test."""
+        return ("-m", "interpreter") if "kernels" in self.name else ()
+
 
 ACCURACY = "test_accuracy.py::test_loss_and_gradients"
 FROZEN = "test_teacher_is_frozen.py"
+TILES = "test_tiles.py::test_few_classes"
+ODD = "test_tiles.py::test_rows_of_odd_length_start_anywhere"
+ONCE = "test_traffic.py::test_each_element_once"
 WRAPPERS = "test_warm_start_wrappers.py"
 
 MUTATIONS = [
@@ -363,6 +371,57 @@ MUTATIONS = [
         "if False:",
         "test_criterion.py::test_bad_schedules_are_refused",
     ),
+    # The Triton kernels, in the interpreter.
+    Mutation("tau dropped, kernels", "kernels/row_math", "tl.maximum(1.0 / tau,", "tl.maximum(1.0,", TILES),
+    Mutation(
+        "series dropped, kernels",
+        "kernels/row_math",
+        "tl.where(tl.abs(d) < SERIES_BELOW, p * (d * d) * series, tl.fma(p, d, q - p))",
+        "tl.fma(p, d, q - p)",
+        "test_small_kl.py::test_small",
+    ),
+    Mutation("consistency not subtracted, kernels", "kernels/row_math", "(d_c - spread(consistency))", "d_c", TILES),
+    Mutation("beta left out of one pass, kernels", "kernels/rows", "w_k = w_g * beta", "w_k = w_g", TILES),
+    Mutation("columns past the row, kernels", "kernels/rows", "& (cols < C)", "& (cols < C + 1)", ONCE),
+    Mutation("rows past the batch, kernels", "kernels/rows", "inside = rows < n", "inside = rows < n + 1", ONCE),
+    Mutation(
+        "edges shifted, kernels", "kernels/streaming", "head + length + lane - 8", "head + length + lane - 7", ODD
+    ),
+    Mutation(
+        "between chunks left out, kernels",
+        "kernels/streaming",
+        "guidance = guidance_between + row_sum(",
+        "guidance = row_sum(",
+        "test_tiles.py::test_chunks",
+    ),
+    Mutation(
+        "a masked chunk's maximum, kernels",
+        "kernels/streaming",
+        "x -= spread(tl.where(max_c == NEG_INF, 0.0, max_c))",
+        "x -= spread(max_c)",
+        "test_masks.py::test_masks_that_leave_an_answer",
+    ),
+    Mutation(
+        "strides ignored, kernels",
+        "kernels/launch",
+        "contiguous = self.n <= 1 or all(",
+        "contiguous = True or all(",
+        "test_traffic.py::test_strides_are_read_where_they_lie",
+    ),
+    Mutation(
+        "upstream gradient ignored, kernels",
+        "ops",
+        "ctx.tau, state, upstream, upstream,",
+        "ctx.tau, state, 1.0, 1.0,",
+        "test_gradient_flow.py::test_backward_twice",
+    ),
+    Mutation(
+        "operator's weights swapped, kernels",
+        "operators",
+        "gradients(*ctx.saved_tensors, w_guidance, w_consistency, *needed)",
+        "gradients(*ctx.saved_tensors, w_consistency, w_guidance, *needed)",
+        "test_triton_interpreter.py::test_compiled_as_operators",
+    ),
 ]
 
 
@@ -379,14 +438,15 @@ def scratch_copy() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
-    """pytest in the copy, which comes before any installed library."""
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest in the copy, which comes before any installed library. Arguments: options, and tests by file and name."""
     where = f"import cktat_loss; assert cktat_loss.__file__.startswith({str(folder)!r}), cktat_loss.__file__"
     code = f"import sys, pytest; {where}; sys.exit(pytest.main(sys.argv[1:]))"
     options = ("-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--show-capture=no")
+    arguments = tuple(f"tests/{one}" if "::" in one else one for one in arguments)
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code, *options, *(f"tests/{test}" for test in tests)],
+        [sys.executable, "-c", code, *options, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -405,7 +465,7 @@ def outcome(mutation: Mutation) -> str:
     with scratch_copy() as folder:
         path = folder / "cktat_loss" / f"{mutation.module}.py"
         path.write_text(broken(path.read_text(), mutation))
-        done = run(folder, mutation.test)
+        done = run(folder, *mutation.mode, mutation.test)
     if done.returncode == 1 and " failed" in done.stdout:
         return "caught"
     # Anything but passed or failed, such as a syntax error, says nothing about the test.
@@ -424,13 +484,12 @@ def main() -> int:
     start = time.monotonic()
     for mutation in chosen:
         broken((ROOT / "cktat_loss" / f"{mutation.module}.py").read_text(), mutation)
-    with scratch_copy() as folder:
-        whole = run(folder, *dict.fromkeys(mutation.test for mutation in chosen))
-    if whole.returncode != 0:
-        print(
-            whole.stdout, whole.stderr, "The tests named must exist, and pass as long as nothing is broken.", sep="\n"
-        )
-        return 1
+    for mode in {mutation.mode for mutation in chosen}:
+        with scratch_copy() as folder:
+            whole = run(folder, *mode, *dict.fromkeys(m.test for m in chosen if m.mode == mode))
+        if whole.returncode != 0:
+            print(whole.stdout, whole.stderr, "The tests named must exist, and pass while nothing is broken.", sep="\n")
+            return 1
 
     names, tests = max(len(m.name) for m in chosen), max(len(m.test) for m in chosen)
     survivors = 0

@@ -32,10 +32,11 @@ SHAPES_AND_NAMES = [pytest.param(s, id=f"{name} {s[0]}x{s[1]}") for name, group 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """NaN in new memory, so that what is never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before)
 
 
 @cache

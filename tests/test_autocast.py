@@ -8,7 +8,7 @@ from torch import nn
 
 from cktat_loss.functional import cktat_loss, cktat_loss_and_grads, cktat_terms
 from tests import oracle
-from tests.forms import FORMS, Form
+from tests.forms import FORMS, Form, eager, terms
 
 HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 TAU, BETA = 0.7, 5.3
@@ -20,10 +20,10 @@ def test_autocast_changes_nothing(shape: tuple[int, int], half: torch.dtype) -> 
     """Neither the dtype nor a digit: near the minimum, a loss computed in half precision would be noise."""
     base = 3 * torch.randn(shape)
     clean, adv, teacher = ((base + 0.01 * torch.randn(shape)).to(d) for d in (torch.float32, half, torch.float32))
-    for form in ("eager", "terms"):
-        plain = FORMS[form](clean, adv, teacher, 1.0, BETA)
+    for form in (eager, terms):
+        plain = form(clean, adv, teacher, 1.0, BETA)
         with torch.autocast("cpu", dtype=half):
-            inside = FORMS[form](clean, adv, teacher, 1.0, BETA)
+            inside = form(clean, adv, teacher, 1.0, BETA)
         for x, y in zip(inside, plain, strict=True):
             assert x.dtype == y.dtype
             assert torch.equal(x, y)

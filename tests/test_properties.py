@@ -106,11 +106,12 @@ def test_three_forms_agree(case: Case, reduction: Any) -> None:
 def test_grad_scale(case: Case, scale: float, reduction: Any) -> None:
     """Scales the gradients as a loss scaled by as much would, and leaves the loss alone."""
     loss, *plain = cktat_loss_and_grads(*case, reduction=reduction)
+    true, n = oracle.truth(*case), len(case.adv) if reduction == "mean" else 1
     for factor in (scale, torch.tensor(scale, dtype=torch.float64)):
         same, *scaled = cktat_loss_and_grads(*case, reduction=reduction, grad_scale=factor)
         assert torch.equal(same, loss)
-        for big, small in zip(scaled, plain, strict=True):
-            torch.testing.assert_close(big.double(), small.double() * scale, rtol=1e-6, atol=1e-30)
+        for big, small, unit in zip(scaled, plain, (true.unit_clean, true.unit_adv), strict=True):
+            assert oracle.gradient_error(big, scale * oracle.array(small), scale / n * unit) <= 1e-6
 
 
 @given(cases(dtypes=(torch.float64,)), st.floats(-50, 50), st.floats(-50, 50), st.floats(-50, 50))

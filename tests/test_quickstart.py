@@ -95,6 +95,7 @@ def test_ctrl_c_in_training_leaves_no_file(tmp_path):
         [*COMMAND, "--teacher-epochs", "1", "--epochs", "1000", "--out", str(tmp_path / "a.png")],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     ) as run:
         errors = b""
         while b"student:" not in errors:

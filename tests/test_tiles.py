@@ -1,0 +1,67 @@
+"""The tiles that the launcher really chooses, in Triton's interpreter: every last row and column.
+
+The rest of the suite gives the interpreter many rows a program, for time; here they are as on a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import forms, oracle
+
+pytest.importorskip("triton", reason="needs Triton")
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
+
+BOTH = pytest.mark.parametrize("form", [forms.eager, forms.at_once], ids=["graph", "one pass"])
+
+
+def check(form: forms.Form, n: int, classes: int, dtype: torch.dtype = torch.float32) -> None:
+    logits = (3 * torch.randn(3, n, classes)).to(dtype)
+    oracle.assert_right(*form(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5, note=f"N={n}, C={classes}")
+
+
+@BOTH
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 10, 16, 17, 31, 33, 64, 65, 100, 127, 128, 129, 257])
+def test_few_classes(classes: int, form: forms.Form) -> None:
+    from cktat_loss.kernels import launch
+
+    tile = launch.rows_tile(classes, (4, 4, 4))
+    assert classes <= tile.G * tile.W
+    for n in {1, tile.M - 1, tile.M, tile.M + 1} - {0}:
+        check(form, n, classes)
+
+
+@BOTH
+@pytest.mark.parametrize("classes", [511, 512, 1000, 1001, 1024, 2049, 4095, 4096])
+def test_a_row_a_program(classes: int, form: forms.Form) -> None:
+    check(form, 2, classes)
+
+
+@BOTH
+@pytest.mark.parametrize("classes", [4097, 4104, 5003, 6144, 21841])
+def test_chunks(classes: int, form: forms.Form) -> None:
+    for dtype in (torch.float32, torch.float16):
+        check(form, 2, classes, dtype)
+
+
+@pytest.mark.parametrize("residue", range(8))
+def test_rows_of_odd_length_start_anywhere(residue: int) -> None:
+    """Also where a row is shorter than what sticks out of its aligned interior, or just as long."""
+    for classes in (1 + residue, 8 + residue, 16 + residue, 264 + residue):
+        logits = 3 * torch.randn(3, 9, classes)
+        oracle.assert_right(
+            *forms.streaming(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5, note=f"{classes}"
+        )
+
+
+def test_every_tile_fits() -> None:
+    """Powers of two that cover the row, whole warps, and no more than 16 positions a thread where rows are long."""
+    from cktat_loss.kernels import launch
+
+    for classes in [*range(1, 200), 255, 256, 257, 1000, 1001, 2048, 4095, 4096]:
+        for size in (2, 4):
+            tile = launch.rows_tile(classes, (size,) * 3)
+            assert all(x & (x - 1) == 0 for x in tile)
+            assert classes <= tile.G * tile.W < 2 * classes or tile.G * tile.W == 4 > classes or classes == 1
+            assert 16 * 32 * tile.warps >= tile.G * tile.M * tile.W or classes < 16
