@@ -30,8 +30,8 @@ lint: $(READY)  ## ruff and mypy --strict
 mutants: $(READY)  ## break the library in named ways, and see a named test fail for each
 	$(RUN) tests/mutations.py $(ARGS)
 
-bench: $(READY)  ## the loss against Eq. 17 as people write it, on this machine (ARGS="--compile")
-	$(RUN) benchmarks/loss.py $(ARGS)
+bench: $(READY)  ## time, memory, accuracy and training steps on this machine, in ten minutes: benchmarks/results
+	$(RUN) -m benchmarks $(ARGS)
 
 kernels: $(READY)  ## what the compiler makes of the kernels, for GPUs that aren't here: benchmarks/results/kernels.md
 	$(RUN) -m benchmarks.kernels $(ARGS)

@@ -15,29 +15,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.loss import BETA, TAU, usual
+from benchmarks.contenders import Loss, log_targets, one_log_softmax, usual
 
-Expression = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def one_log_softmax(clean: Tensor, adv: Tensor, teacher: Tensor) -> Tensor:
-    log_a = F.log_softmax(adv, 1)
-    guidance = F.kl_div(log_a, F.softmax(teacher / TAU, 1), reduction="batchmean")
-    return guidance + BETA * F.kl_div(log_a, F.softmax(clean, 1), reduction="batchmean")
-
-
-def log_targets(clean: Tensor, adv: Tensor, teacher: Tensor) -> Tensor:
-    log_a, log_t, log_c = F.log_softmax(adv, 1), F.log_softmax(teacher / TAU, 1), F.log_softmax(clean, 1)
-    guidance = F.kl_div(log_a, log_t, reduction="batchmean", log_target=True)
-    return guidance + BETA * F.kl_div(log_a, log_c, reduction="batchmean", log_target=True)
-
-
-EXPRESSIONS: dict[str, Expression] = {
+EXPRESSIONS: dict[str, Loss] = {
     "eager, as usually written": usual,
     "eager, one log_softmax for both terms": one_log_softmax,
     "eager, log_target=True": log_targets,
@@ -78,12 +62,17 @@ def distinct(x: Tensor) -> int:
     return count
 
 
-def cost(expression: Expression, rows: int, classes: int, dtype: torch.dtype) -> Cost:
+def counted(step: Callable[[], object]) -> Cost:
+    """Of whatever a call dispatches, on any device."""
+    counting = CountOperators()
+    with counting:
+        step()
+    return counting.cost
+
+
+def cost(expression: Loss, rows: int, classes: int, dtype: torch.dtype) -> Cost:
     """Of the expression and its gradients with respect to clean and adversarial logits."""
     clean, adv, teacher = (torch.empty(rows, classes, dtype=dtype, device="meta") for _ in range(3))
     clean.requires_grad_()
     adv.requires_grad_()
-    counting = CountOperators()
-    with counting:
-        torch.autograd.grad(expression(clean, adv, teacher), (clean, adv))
-    return counting.cost
+    return counted(lambda: torch.autograd.grad(expression(clean, adv, teacher), (clean, adv)))

@@ -6,7 +6,6 @@ python -m benchmarks.gpu          (--help explains the options)
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -15,14 +14,16 @@ from pathlib import Path
 import torch
 import triton
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import machine, tables
+
+BENCHMARKS_SHARE = 0.65  # of the time
 
 
 def run(*command: str, seconds: float) -> str:
     """What it printed, and how it ended if not well."""
     try:
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, timeout=max(1.0, seconds),
+            [sys.executable, *command], cwd=machine.ROOT, timeout=max(1.0, seconds),
             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as stopped:
@@ -31,24 +32,38 @@ def run(*command: str, seconds: float) -> str:
     return done.stdout + (f"\n**exit status {done.returncode}**\n" if done.returncode else "")
 
 
+def measured(out: Path, slug: str, since: float) -> str:
+    """The tables of whatever came to be written, not of an earlier run's files."""
+
+    def fresh(path: Path) -> bool:
+        return path.exists() and path.stat().st_mtime >= since
+
+    loss, accuracy = out / f"loss-{slug}.csv", out / f"accuracy-{slug}.csv"
+    parts = [tables.loss_report(machine.read(loss), title="##")] if fresh(loss) else []
+    if fresh(accuracy):
+        parts += ["## Accuracy\n", tables.accuracy_for_readme(machine.read(accuracy))]
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8.5, help="for all of it (default: %(default)s)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA or ROCm GPU here")
     device, end = torch.cuda.get_device_name(), time.monotonic() + 60 * args.minutes
-    # The benchmark first: it takes a minute or two, and the tests may take what is left.
-    benchmark = run("benchmarks/loss.py", "--compile", seconds=end - time.monotonic())
+    began, out, slug = time.time(), args.out.resolve(), machine.slug("cuda")
+    # The benchmarks first: they keep to their time, and the tests may take what is left.
+    options = ("--device", "cuda", "--out", str(out), "--minutes", str(BENCHMARKS_SHARE * args.minutes))
+    printed = run("-m", "benchmarks", *options, seconds=end - time.monotonic())
     tests = run("-m", "pytest", "-q", "-m", "gpu", "--tb=short", seconds=end - time.monotonic())
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = args.out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.md"
+    report = out / f"{slug}.md"
+    out.mkdir(parents=True, exist_ok=True)
     report.write_text(
         f"# {device}\n\ntorch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}. Made by "
-        f"`make gpu`.\n\n## Forward and backward\n\n{benchmark}\n## Tests\n\n```\n{tests[-20_000:]}```\n"
+        f"`make gpu`.\n\n{measured(out, slug, began)}\n## Tests\n\n```\n{tests[-20_000:]}```\n\n"
+        f"## What the benchmarks printed\n\n```\n{printed[-20_000:]}```\n"
     )
     print(report.read_text())
 
