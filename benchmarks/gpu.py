@@ -18,8 +18,8 @@ import triton
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str, seconds: float) -> str:
-    """What it printed, and how it ended if not well."""
+def run(*command: str, seconds: float) -> tuple[str, int]:
+    """What it printed, how it ended if not well, and its exit status."""
     try:
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT, timeout=max(1.0, seconds),
@@ -27,11 +27,12 @@ def run(*command: str, seconds: float) -> str:
         )  # fmt: skip
     except subprocess.TimeoutExpired as stopped:
         printed = stopped.stdout or b""
-        return f"{printed.decode() if isinstance(printed, bytes) else printed}\n**stopped: the time was up**\n"
-    return done.stdout + (f"\n**exit status {done.returncode}**\n" if done.returncode else "")
+        text = printed.decode() if isinstance(printed, bytes) else printed
+        return f"{text}\n**stopped: the time was up**\n", 1
+    return done.stdout + (f"\n**exit status {done.returncode}**\n" if done.returncode else ""), done.returncode
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder (default: %(default)s)"
@@ -41,17 +42,21 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA or ROCm GPU here")
     device, end = torch.cuda.get_device_name(), time.monotonic() + 60 * args.minutes
-    # The benchmark first: it takes a minute or two, and the tests may take what is left.
-    benchmark = run("benchmarks/loss.py", "--compile", seconds=end - time.monotonic())
-    tests = run("-m", "pytest", "-q", "-m", "gpu", "--tb=short", seconds=end - time.monotonic())
+    # What only a GPU shows first, the tests that compile hundreds of kernels last: they may take what is left.
+    pytest = ("-m", "pytest", "-v", "-m", "gpu", "--tb=short")
+    own, failed = run(*pytest, "tests/test_gpu.py", seconds=120)
+    benchmark, broken = run("-m", "benchmarks.loss", seconds=min(150, end - time.monotonic()))
+    suite, others = run(*pytest, "--ignore=tests/test_gpu.py", seconds=end - time.monotonic())
     args.out.mkdir(parents=True, exist_ok=True)
     report = args.out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.md"
     report.write_text(
         f"# {device}\n\ntorch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}. Made by "
-        f"`make gpu`.\n\n## Forward and backward\n\n{benchmark}\n## Tests\n\n```\n{tests[-20_000:]}```\n"
+        f"`make gpu`.\n\n## Forward and backward\n\n{benchmark}\n"
+        f"## Tests\n\n```\n{own[-20_000:]}\n{suite[-20_000:]}```\n"
     )
     print(report.read_text())
+    return max(failed, broken, others)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
