@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cktat_loss import kernels
 
+STATE_ROWS = 7  # as in kernels.launch, which is not imported before Triton is needed
+
 
 @torch.library.custom_op("cktat_loss::terms", mutates_args=())
 def terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +45,7 @@ def gradients(
 @terms.register_fake
 def _(clean: Tensor, adv: Tensor, teacher: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = [clean.new_empty(clean.shape[0], dtype=torch.float32) for _ in range(2)]
-    return rows[0], rows[1], clean.new_empty((7, clean.shape[0]), dtype=torch.float32)
+    return rows[0], rows[1], clean.new_empty((STATE_ROWS, clean.shape[0]), dtype=torch.float32)
 
 
 @gradients.register_fake

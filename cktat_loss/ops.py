@@ -164,6 +164,8 @@ class _Terms(torch.autograd.Function):
 
 def _to_triton(backend: str, *logits: Tensor) -> bool:
     """Whether the kernels take these: on CPU tensors (Triton's interpreter) only where asked for by name."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False  # a launch would lose the tangents
     if backend == "triton":
         return True  # or checks.py would have said no
     return backend == "auto" and all(x.device.type != "cpu" and kernels.supports(x) for x in logits)
@@ -192,7 +194,8 @@ def _traced(*upstream: Tensor) -> bool:
 
 
 def _fused(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, *weights: float | Tensor, **wanted: bool) -> Fused:
-    branch_on_data = clean.device.type == "cpu" and not _traced()
+    # A subclass may have no data to look at: a fake tensor has none.
+    branch_on_data = clean.device.type == "cpu" and type(clean) in kernels.PLAIN and not _traced()
     return closed_form.fused(clean, adv, teacher, tau, *weights, **wanted, branch_on_data=branch_on_data)
 
 

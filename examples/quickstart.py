@@ -5,7 +5,7 @@
 1. Train a teacher on clean digits.   2. Start a student from its weights.   3. Train the student on adversarial
 images with `CKTATLoss`.   4. Attack both with PGD-20, APGD-CE and APGD-T.   5. Print a table, save a picture.
 
-`pgd` and `train_student` are the lines to copy into a project of your own.
+`pgd` and `train_student` are the lines to copy into a project of your own, with `eval_mode` of pgd.py.
 """
 
 import argparse
@@ -13,14 +13,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from options import Number, device_name
+from pgd import eval_mode
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-from quickstart_extras import Attacked, Curves, DigitNet, Number, Split, device_name, load_data, png_path, save_figure
+from quickstart_extras import Attacked, Curves, DigitNet, Split, load_data, png_path, save_figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -74,18 +75,6 @@ def batches(split: Split, size: int) -> Iterator[Split]:
     """One shuffled pass over the data."""
     for chosen in torch.randperm(len(split[0])).split(size):
         yield split[0][chosen], split[1][chosen]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and each of its modules back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, step_size: float) -> Tensor:

@@ -1,10 +1,8 @@
-"""What quickstart.py needs and has nothing to do with CKTAT: model, data, option types, the picture."""
+"""What quickstart.py needs and has nothing to do with CKTAT: model, data, the picture."""
 
 import argparse
-import math
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,23 +59,6 @@ def load_data(seed: int, device: torch.device) -> tuple[Split, Split, Split]:
     return (x[train], y[train]), (x[validation], y[validation]), (x[test], y[test])
 
 
-class Number:
-    """An argparse type: a number in [low, high], or in (low, high] with `above`; else an error that says so."""
-
-    def __init__(self, kind: Callable[[str], float], low: float, high: float, *, above: bool = False) -> None:
-        self.kind, self.low, self.high, self.above = kind, low, high, above
-        self.wanted = f"a {'whole ' if kind is int else ''}number in {'(' if above else '['}{low:.10g}, {high:.10g}]"
-
-    def __call__(self, text: str) -> float:
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = math.nan
-        if not self.low <= value <= self.high or (self.above and value == self.low):
-            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {self.wanted}")
-        return value
-
-
 def png_path(text: str) -> Path:
     """An argparse type: a .png path in a folder that can be written to (made if missing)."""
     path = Path(text)
@@ -89,19 +70,6 @@ def png_path(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a folder that can be written to ({error})") from None
     return path
-
-
-def device_name(text: str) -> torch.device:
-    """An argparse type: auto (an accelerator where there is one), or a torch device that works here."""
-    if text == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        torch.zeros(1, device=text).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted auto, or a device that works ({reason})") from None
-    return torch.device(text)
 
 
 @dataclass

@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SMALLEST_CAPABILITY = (7, 0)  # of an NVIDIA GPU that Triton compiles for
+VOLTA = 7  # the compute capability of NVIDIA GPUs from which on Triton compiles for them
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass, such as DTensor, may hold its elements elsewhere
 
 
 def _installed() -> bool:
@@ -56,14 +57,14 @@ def is_available() -> bool:
 
 
 def supports(tensor: Tensor) -> bool:
-    """Whether this tensor may go to Triton: half or single precision, on a CUDA or ROCm GPU.
+    """Whether this tensor may go to Triton: half or single precision, on a CUDA or ROCm GPU, with memory of its own.
 
     CPU tensors only where Triton's interpreter runs the kernels. The one place that looks at the device.
     """
-    if not INSTALLED or tensor.dtype not in DTYPES:
+    if not INSTALLED or tensor.dtype not in DTYPES or type(tensor) not in PLAIN:
         return False
     if tensor.device.type == "cuda":  # ROCm's name too
-        return torch.version.hip is not None or torch.cuda.get_device_capability(tensor.device) >= SMALLEST_CAPABILITY
+        return torch.version.hip is not None or torch.cuda.get_device_properties(tensor.device).major >= VOLTA
     return tensor.device.type == "cpu" and _interpreting()
 
 

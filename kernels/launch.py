@@ -87,7 +87,8 @@ class Plan:
 
     def __init__(self, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float | Tensor) -> None:
         self.n, self.classes = clean.shape
-        logits = tuple(x if self.classes == 1 or x.stride(1) == 1 else x.contiguous() for x in (teacher, clean, adv))
+        logits = tuple(x.resolve_neg() for x in (teacher, clean, adv))  # a view may be negative in name alone
+        logits = tuple(x if self.classes == 1 or x.stride(1) == 1 else x.contiguous() for x in logits)
         contiguous = self.n <= 1 or all(x.stride(0) == self.classes for x in logits)
         # Known strides are 0 here and C in the kernel: one compiled variant for all contiguous input.
         strides = (0, 0, 0) if contiguous else tuple(x.stride(0) for x in logits)
@@ -166,7 +167,7 @@ class Plan:
 def operand(value: float | Tensor) -> tuple[float | Tensor, int | None]:
     """A number without a stride, or a 0-d or (N,) tensor with its own."""
     if isinstance(value, Tensor):
-        return value, value.stride(0) if value.dim() else 0
+        return value.resolve_neg(), value.stride(0) if value.dim() else 0
     return float(value), None
 
 

@@ -178,7 +178,7 @@ def load_state(state, n, rows, inside):
     return max_t, max_c, max_a, log_t, log_c, log_a, tl.load(state + rows, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def sum_kernel(values, n, scale, out, BLOCK: tl.constexpr):
     """scale times the sum of n float32, by one program in a fixed order."""
     lanes = tl.arange(0, BLOCK)

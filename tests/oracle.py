@@ -30,7 +30,7 @@ class Truth(NamedTuple):
 
 
 def array(x: Tensor) -> Array:
-    return x.detach().double().numpy()
+    return x.detach().double().resolve_neg().numpy()
 
 
 def tolerance(*logits: Tensor) -> float:

@@ -18,6 +18,7 @@ LAYOUTS = {
     "offset": lambda x: torch.cat((x, x), 1)[:, x.shape[1] :],
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
     "expanded": lambda x: x[:1].expand_as(x),
+    "negative view": lambda x: torch._neg_view(-x),
 }
 
 

@@ -1,6 +1,5 @@
 """`make demo` does what it says, from its options to its picture, and its pgd() is safe to copy."""
 
-import importlib
 import re
 import signal
 import subprocess
@@ -11,23 +10,21 @@ import pytest
 import torch
 from torch import nn
 
+from tests.examples_path import EXAMPLES, imported
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("pyautoattack")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMAND = [sys.executable, "-W", "error", str(EXAMPLES / "quickstart.py")]
 TINY = ["--epochs", "1", "--teacher-epochs", "1", "--apgd-steps", "2", "--test-images", "20", "--batch-size", "256"]
 
 
 @pytest.fixture(scope="module")
 def quickstart():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module("quickstart")
-        for name in ("quickstart", "quickstart_extras"):
-            sys.modules.pop(name)
+    with imported("quickstart") as modules:
+        yield modules.quickstart
 
 
 @pytest.fixture

@@ -145,6 +145,18 @@ def test_vectorised_jacobian() -> None:
         assert_close(vectorised, plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_dual_numbers_without_a_graph(dtype: torch.dtype) -> None:
+    clean, adv, teacher = (x.to(dtype) for x in logits(5, 10))
+    true, tangent = oracle.truth(clean, adv, teacher, TAU, BETA), torch.randn_like(adv)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(adv, tangent)
+        slopes = [torch.autograd.forward_ad.unpack_dual(f(clean, dual, teacher)).tangent for f in (loss, of_terms)]
+    expected = (torch.from_numpy(true.d_adv) * tangent.double()).sum() / 5
+    for slope in slopes:
+        torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_dual_numbers_are_refused_or_right() -> None:
     """Forward mode outside torch.func: never a silent zero."""
     clean, adv, teacher = logits(5, 10)

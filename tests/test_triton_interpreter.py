@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cktat_loss import CKTATLoss, functional, kernels, operators, ops
 from tests import oracle
@@ -19,22 +19,6 @@ pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.interpreter
 
 TAU, BETA = 0.7, 5.3
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from cktat_loss.kernels import launch
-
-    seen: list[str] = []
-    run = launch.Plan.launch
-
-    def counted(self: Any, kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        seen.extend([kernel.__name__] * bool(programs))
-        with _disable_current_modes():  # the interpreter's own operations are nobody's business
-            run(self, kernel, programs, *args, **meta)
-
-    monkeypatch.setattr(launch.Plan, "launch", counted)
-    return seen
 
 
 def logits(n: int = 5, classes: int = 10, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +46,21 @@ def test_float64_is_refused_by_name() -> None:
     clean, adv, teacher = logits()
     with pytest.raises(TypeError, match=r"backend='triton' takes half and single precision, got adv_logits: .*float64"):
         functional.cktat_loss(clean, adv.double(), teacher, backend="triton")
+
+
+def test_tensors_without_memory_of_their_own_are_left_to_the_closed_form() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    class Wrapped(Tensor):
+        pass
+
+    clean, adv, teacher = logits()
+    assert kernels.supports(clean)
+    assert not kernels.supports(clean.detach().as_subclass(Wrapped))
+    with FakeTensorMode() as mode:
+        assert not kernels.supports(mode.from_tensor(clean))
+        loss = functional.cktat_loss(*(mode.from_tensor(x) for x in (clean, adv, teacher)), TAU, BETA)
+    assert loss.shape == ()
 
 
 def test_launches_and_nothing_else(launches: list[str]) -> None:

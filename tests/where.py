@@ -22,10 +22,18 @@ def to_triton(mode: str) -> None:
         patch_the_language_once()
         launch.rows_tile = many_rows_a_program(launch.rows_tile)
         oracle.LOST_TO_ROUNDING[torch.bfloat16] = 1.0
-        ops._to_triton = functools.wraps(ops._to_triton)(lambda _, *logits: all(map(kernels.supports, logits)))
+        ops._to_triton = to_the_interpreter(ops._to_triton)
         return
     for name in ("cktat_loss", "cktat_terms", "cktat_loss_and_grads"):
         setattr(functional, name, on_the_gpu(getattr(functional, name)))
+
+
+def to_the_interpreter(to_triton: Any) -> Any:
+    @functools.wraps(to_triton)
+    def whatever_it_supports(_: str, *logits: Tensor) -> bool:
+        return all(map(kernels.supports, logits)) and to_triton("triton", *logits)
+
+    return whatever_it_supports
 
 
 def patch_the_language_once() -> None:

@@ -1,0 +1,337 @@
+"""Data sets by name, and loaders whose every batch follows from (seed, epoch): what resuming to the bit rests on.
+
+Images stay uint8 until they are asked for; the sets that fit into memory are held there.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import v2
+
+Sample = tuple[Tensor, int]  # an image (C, H, W) in [0, 1], its class
+Transform = Callable[[Any], Tensor]  # to a uint8 image (C, H, W)
+
+
+class MissingData(Exception):
+    """Files are not where they should be; the message says what to do."""
+
+
+class Images(Dataset[Sample]):
+    """Images and their classes.
+
+    Args:
+        images: uint8 (N, C, H, W), or N paths of files, which the transform then has to read.
+        labels: N classes.
+        transform: from one of `images` to uint8 (C, H, W), where it draws, from torch's global generator.
+    """
+
+    def __init__(self, images: Tensor | Sequence[str], labels: Sequence[int], transform: Transform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.transform(self.images[index]).float() / 255, self.labels[index]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, split. `train` draws an augmentation with every access, but for digits; the others draw nothing."""
+
+    train: Images
+    validation: Images  # from the training images of the data set
+    test: Images
+    classes: int
+    size: int  # height and width in pixels
+    channels: int
+    mean: tuple[float, ...]  # of the training pixels, a value a channel
+    std: tuple[float, ...]
+
+
+def load(name: str, root: Path, *, download: bool, seed: int, validation: int) -> Data:
+    """A data set by name.
+
+    Args:
+        name: one of DATASETS. "imagefolder" is ImageNet's layout, train/CLASS/*.jpg and val/CLASS/*.jpg, at 224 x 224;
+            "digits" comes with scikit-learn and is never augmented; "fake" is made up: 640 training and 128 test images
+            of 3 x 32 x 32.
+        root: the folder with the files; not looked at for digits and fake.
+        download: fetch what is missing, into root; there is none for imagefolder.
+        seed: draws the validation images, and nothing else.
+        validation: how many of the training images to hold out, 0 <= validation < their number.
+
+    Raises:
+        MissingData: the files are not in root, or cannot be downloaded.
+        ValueError: an unknown name, or too many validation images.
+    """
+    if name not in _READERS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+    raw = _READERS[name](root, download)
+    if not 0 <= validation < len(raw.labels):
+        raise ValueError(f"validation must be in [0, {len(raw.labels) - 1}] for {name}, got {validation}")
+    order = torch.randperm(len(raw.labels), generator=torch.Generator().manual_seed(seed))
+    held_out, kept = order[:validation].tolist(), order[validation:].sort().values.tolist()
+    return Data(
+        train=_choose(raw, kept, raw.augment),
+        validation=_choose(raw, held_out, raw.prepare),
+        test=Images(raw.test_images, raw.test_labels, raw.prepare),
+        classes=raw.classes,
+        size=raw.size,
+        channels=len(raw.mean),
+        mean=raw.mean,
+        std=raw.std,
+    )
+
+
+def loader(
+    dataset: Dataset[Sample],
+    *,
+    batch: int,
+    seed: int,
+    epoch: int,
+    start_batch: int = 0,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+    train: bool,
+) -> DataLoader[Sample]:
+    """The batches of one epoch, (B, C, H, W) and (B,). torch's global generator is neither read nor advanced.
+
+    In training, the order follows from (seed, epoch), and what the transform draws for an image from (seed, epoch,
+    its index): neither workers nor start_batch nor world change it. Batch k of all ranks together is batch k of one
+    process with batch * world; the images at the end that fill no whole batch on every rank are left out.
+    Otherwise, the order is the data set's, and every image is there once, over all ranks.
+
+    Args:
+        dataset: any map-style one whose randomness, if any, is torch's.
+        batch: images a batch and rank.
+        seed, epoch: integers from 0; of no account outside training.
+        start_batch: leave out the batches before it, to go on in the middle of an epoch.
+        workers: processes that load; 0 loads in this one.
+        rank, world: this process among how many.
+        train: shuffle, and draw as above.
+
+    Raises:
+        ValueError: rank is not in [0, world), start_batch is beyond the end, or no training batch can be filled.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be in [0, {world}), got {rank}")
+    images = len(dataset)  # type: ignore[arg-type]
+    if train:
+        order = torch.randperm(images, generator=torch.Generator().manual_seed(_mix(seed, epoch)))
+        whole = images // (batch * world) * batch
+        if not whole:
+            raise ValueError(
+                f"batch must be at most {images // world} for {images} images on {world} rank(s), got {batch}"
+            )
+        shard = order[rank::world][:whole]
+        dataset = _Seeded(dataset, seed, epoch)
+    else:
+        shard = torch.arange(images)[rank::world]
+    batches = [chunk.tolist() for chunk in shard.split(batch)]
+    if not 0 <= start_batch <= len(batches):
+        raise ValueError(f"start_batch must be in [0, {len(batches)}], got {start_batch}")
+    return DataLoader(
+        dataset,
+        batch_sampler=batches[start_batch:],
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: an iterator draws a number, which would shift the training's randomness
+    )
+
+
+class _Seeded(Dataset[Sample]):
+    """A data set in one epoch: what it draws for an image follows from (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset[Sample], seed: int, epoch: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Sample:
+        with _seeded(_mix(self.seed, self.epoch, index)):
+            return self.dataset[index]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, from which transforms draw, and put it back after. Others keep their state."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+def _mix(*numbers: int) -> int:
+    """One 64-bit seed from several numbers, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+@dataclass
+class _Raw:
+    """A data set as it is found, not split yet."""
+
+    images: Tensor | list[str]
+    labels: list[int]
+    test_images: Tensor | list[str]
+    test_labels: list[int]
+    augment: Transform
+    prepare: Transform
+    classes: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _choose(raw: _Raw, indices: list[int], transform: Transform) -> Images:
+    images = raw.images[indices] if isinstance(raw.images, Tensor) else [raw.images[i] for i in indices]
+    return Images(images, [raw.labels[i] for i in indices], transform)
+
+
+def _crop(size: int, *, flip: bool) -> Transform:
+    """The usual augmentation: a crop out of the image padded by an eighth (4 of 32 pixels); where asked for, a flip."""
+    return v2.Compose([v2.RandomCrop(size, padding=size // 8), *([v2.RandomHorizontalFlip()] if flip else [])])
+
+
+def _as_it_is(image: Tensor) -> Tensor:
+    return image
+
+
+def _cifar10(root: Path, download: bool) -> _Raw:
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    return _cifar(datasets.CIFAR10, "cifar-10-batches-py", root, download, classes=10, mean=mean, std=std)
+
+
+def _cifar100(root: Path, download: bool) -> _Raw:
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    return _cifar(datasets.CIFAR100, "cifar-100-python", root, download, classes=100, mean=mean, std=std)
+
+
+def _cifar(kind: type, folder: str, root: Path, download: bool, **facts: Any) -> _Raw:
+    train, test = (_open(kind, f"its folder {folder}", root, download, train=part) for part in (True, False))
+    images, test_images = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test))
+    return _Raw(images, train.targets, test_images, test.targets, _crop(32, flip=True), _as_it_is, size=32, **facts)
+
+
+def _svhn(root: Path, download: bool) -> _Raw:
+    files = "its files train_32x32.mat and test_32x32.mat"
+    train, test = (_open(datasets.SVHN, files, root, download, split=part) for part in ("train", "test"))
+    images, test_images = (torch.from_numpy(part.data).contiguous() for part in (train, test))
+    return _Raw(
+        images,
+        train.labels.tolist(),
+        test_images,
+        test.labels.tolist(),
+        augment=_crop(32, flip=False),
+        prepare=_as_it_is,
+        classes=10,
+        size=32,
+        mean=(0.4377, 0.4438, 0.4728),
+        std=(0.1980, 0.2010, 0.1970),
+    )
+
+
+def _open(kind: type, files: str, root: Path, download: bool, **part: Any) -> Any:
+    try:
+        return kind(root, download=download, **part)
+    except (OSError, RuntimeError) as error:
+        if not download:
+            raise MissingData(
+                f"{kind.__name__} is missing or damaged in {root}: add --download to fetch it, or put {files} there"
+            ) from None
+        raise MissingData(
+            f"{kind.__name__} could not be downloaded ({error}): try --download again, or put {files} into {root}"
+        ) from None
+
+
+def _imagefolder(root: Path, download: bool) -> _Raw:
+    try:
+        train, test = (datasets.ImageFolder(root / part) for part in ("train", "val"))
+    except OSError:
+        raise MissingData(
+            f"{root} has no images in ImageNet's layout, and --download cannot fetch any: "
+            f"put them there as train/CLASS/*.jpg and val/CLASS/*.jpg, or name another folder"
+        ) from None
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise MissingData(f"{root}/train and {root}/val must hold the same classes; only one of them has {odd[0]!r}")
+    paths, labels = zip(*train.samples, strict=True)
+    test_paths, test_labels = zip(*test.samples, strict=True)
+    return _Raw(
+        list(paths),
+        list(labels),
+        list(test_paths),
+        list(test_labels),
+        augment=v2.Compose([default_loader, v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]),
+        prepare=v2.Compose([default_loader, v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()]),
+        classes=len(train.classes),
+        size=224,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def _digits(root: Path, download: bool) -> _Raw:
+    from sklearn.datasets import load_digits  # only this data set needs scikit-learn
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
+    # The same test images for every seed, as in the other data sets.
+    train, test = train_test_split(range(len(labels)), test_size=500, random_state=0, stratify=labels)
+    return _Raw(
+        images[train],
+        labels[train].tolist(),
+        images[test],
+        labels[test].tolist(),
+        augment=_as_it_is,  # a crop shifted by one pixel of 8 makes adversarial training collapse
+        prepare=_as_it_is,
+        classes=10,
+        size=8,
+        mean=(0.305,),
+        std=(0.376,),
+    )
+
+
+def _fake(root: Path, download: bool) -> _Raw:
+    """Each class is a coarse pattern under noise, which a network can learn within a few steps."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(768) % 10
+    patterns = torch.rand(10, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    images = (255 * (0.7 * patterns[labels] + 0.3 * torch.rand(768, 3, 32, 32, generator=generator))).to(torch.uint8)
+    return _Raw(
+        images[:640],
+        labels[:640].tolist(),
+        images[640:],
+        labels[640:].tolist(),
+        augment=_crop(32, flip=False),
+        prepare=_as_it_is,
+        classes=10,
+        size=32,
+        mean=(0.5,) * 3,
+        std=(0.22,) * 3,
+    )
+
+
+_READERS: dict[str, Callable[[Path, bool], _Raw]] = {
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "svhn": _svhn,
+    "imagefolder": _imagefolder,
+    "digits": _digits,
+    "fake": _fake,
+}
+DATASETS = tuple(_READERS)

@@ -1,0 +1,101 @@
+"""CKTAT, TRADES and PGD adversarial training, each as what it attacks with and the loss of a batch.
+
+Logits are (N, C), of the student on clean images x (`clean_logits`), on adversarial images x' (`adv_logits`) and of
+the frozen teacher on clean images (`teacher_logits`). Losses are float32 under autocast too.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cktat_loss import CKTATLoss, adaptive_beta
+
+Objective = Literal["ce", "kl"]  # of the training attack
+
+
+class Terms(NamedTuple):
+    """The mean loss of a batch, to go backward from; and its terms before beta, detached, where it has them."""
+
+    loss: Tensor
+    guidance: Tensor | None = None
+    consistency: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CKTAT:
+    """mean_i [ KL(softmax(T(x)/tau) || softmax S(x')) + beta_i * KL(softmax S(x) || softmax S(x')) ].
+
+    Eq. 17 of arXiv 2504.00038, with beta_i in the place of beta.
+
+    Args:
+        criterion: holds the frozen teacher, tau, and whether S(x) is detached in the second term.
+        adaptive: beta_i = beta * softmax(S(x'))[y], our recipe; else beta for every sample, the paper's.
+        guidance: False leaves the first term out of the loss, an ablation; it is reported all the same.
+    """
+
+    criterion: CKTATLoss
+    adaptive: bool
+    guidance: bool = True
+
+    objective: ClassVar[Objective] = "ce"
+    clean_forward: ClassVar[bool] = True
+
+    def attack_start(self, x: Tensor) -> None:
+        """Anywhere in the eps-ball."""
+
+    def __call__(
+        self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: Tensor, y: Tensor, beta: float
+    ) -> Terms:
+        # `criterion(...)` gives the loss at once; from its terms, each can be logged and left out.
+        guidance, consistency = self.criterion.terms(
+            clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits
+        )
+        weights = adaptive_beta(adv_logits, y, beta=beta) if self.adaptive else beta
+        per_sample = weights * consistency + (guidance if self.guidance else 0)
+        return Terms(per_sample.mean(), guidance.detach().mean(), consistency.detach().mean())
+
+
+@dataclass(frozen=True)
+class TRADES:
+    """CE(S(x), y) + beta * KL(softmax S(x) || softmax S(x')), means over the batch.
+
+    Zhang et al. 2019 (arXiv 1901.08573). Its attack maximises the KL, from where its authors' code begins.
+    """
+
+    objective: ClassVar[Objective] = "kl"
+    clean_forward: ClassVar[bool] = True
+
+    def attack_start(self, x: Tensor) -> Tensor:
+        """Next to x, where the KL is 0 and has no gradient."""
+        return x + 0.001 * torch.randn_like(x)
+
+    def __call__(
+        self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: None, y: Tensor, beta: float
+    ) -> Terms:
+        clean, adv = clean_logits.float(), adv_logits.float()
+        consistency = F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
+        return Terms(F.cross_entropy(clean, y) + beta * consistency, consistency=consistency.detach())
+
+
+@dataclass(frozen=True)
+class PGDAT:
+    """CE(S(x'), y), mean over the batch; S(x) is not computed. Madry et al. 2018 (arXiv 1706.06083)."""
+
+    objective: ClassVar[Objective] = "ce"
+    clean_forward: ClassVar[bool] = False
+
+    def attack_start(self, x: Tensor) -> None:
+        """Anywhere in the eps-ball."""
+
+    def __call__(
+        self, *, clean_logits: None, adv_logits: Tensor, teacher_logits: None, y: Tensor, beta: float
+    ) -> Terms:
+        return Terms(F.cross_entropy(adv_logits.float(), y))
+
+
+METHODS = {"cktat": CKTAT, "trades": TRADES, "pgd-at": PGDAT}
+
+Method = CKTAT | TRADES | PGDAT

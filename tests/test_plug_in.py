@@ -1,0 +1,199 @@
+"""The criterion trains with other libraries' attacks and loops, and docs/migrate_from_trades.md runs and is right."""
+
+import builtins
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cktat_loss import CKTATLoss, warm_start
+from tests.examples_path import imported
+
+MIGRATION = Path(__file__).parents[1] / "docs" / "migrate_from_trades.md"
+
+
+@pytest.fixture(scope="module")
+def plug_in():
+    with imported("plug_in") as modules:
+        yield modules.plug_in
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+class Setting:
+    """Images of four classes, a teacher that knows them, and a student that starts as the teacher."""
+
+    shape, classes, eps = (1, 8, 8), 4, 0.1
+
+    def __init__(self):
+        self.x = torch.rand(96, *self.shape) / 2
+        self.y = torch.arange(96) % 4
+        for k in range(4):
+            self.x[self.y == k, :, 2 * k : 2 * k + 2] += 0.4
+        self.batches = [*zip(self.x.split(16), self.y.split(16), strict=True)]
+        teacher = net()
+        optimizer = torch.optim.Adam(teacher.parameters(), 0.02)
+        for _ in range(10):
+            for x, y in self.batches:
+                optimizer.zero_grad()
+                F.cross_entropy(teacher(x), y).backward()
+                optimizer.step()
+        assert (teacher.eval()(self.x).argmax(1) == self.y).all()
+        self.student = net()
+        warm_start(self.student, teacher)
+        self.criterion = CKTATLoss(teacher, tau=2.0, detach_clean=True)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.05)
+
+    def train(self, plug_in, name):
+        """Two passes with one of the functions: the losses."""
+        function, batches = getattr(plug_in, f"with_{name}"), 2 * self.batches
+        if name == "lightning":
+            loader = DataLoader([*zip(self.x, self.y, strict=True)] * 2, batch_size=16)
+            return function(self.student, self.criterion, loader, eps=self.eps)
+        extra = {"shape": self.shape, "classes": self.classes} if name == "art" else {}
+        return function(self.student, self.criterion, self.optimizer, batches, eps=self.eps, **extra)
+
+
+@pytest.fixture
+def setting():
+    return Setting()
+
+
+def require(name):
+    """Skip where the optional library is missing."""
+    pytest.importorskip("lightning" if name == "fabric" else name)
+
+
+NAMES = ["torchattacks", "art", "lightning", "fabric"]
+# Lightning 2.6 asks torch 2.14's pytrees in a way that torch deprecates.
+quiet = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+# On many cores, it recommends workers for any loader without.
+no_advice = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+@quiet
+@no_advice
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls_and_the_teacher_stays(plug_in, setting, name):
+    require(name)
+    student = {key: value.clone() for key, value in setting.student.state_dict().items()}
+    teacher = {key: value.clone() for key, value in setting.criterion.teacher.state_dict().items()}
+    losses = setting.train(plug_in, name)
+    assert len(losses) == 12
+    assert torch.tensor(losses).isfinite().all()
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    assert all(not torch.equal(value, student[key]) for key, value in setting.student.state_dict().items())
+    assert all(torch.equal(value, teacher[key]) for key, value in setting.criterion.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["torchattacks", "art", "fabric"])
+def test_a_frozen_batchnorm_stays_frozen(plug_in, setting, name):
+    require(name)
+    setting.student[1].eval()
+    before = setting.student[1].running_mean.clone()
+    setting.train(plug_in, name)
+    assert [module.training for module in setting.student] == [True, False, True, True, True]
+    assert torch.equal(setting.student[1].running_mean, before)
+
+
+@pytest.mark.parametrize("name", ["torchattacks", "art"])
+def test_each_attack_is_as_strong_as_ours(plug_in, setting, name, monkeypatch):
+    require(name)
+    caught = []
+
+    def keep(student, criterion, x, x_adv, y):
+        caught.append(x_adv)
+        return 0 * student(x).sum()  # no training: all attacks meet the same student
+
+    monkeypatch.setattr(plug_in, "loss_of", keep)
+    setting.optimizer.param_groups[0]["lr"] = 0.0
+    for module in setting.student:
+        module.eval()
+    setting.train(plug_in, name)
+    x_adv = torch.cat(caught[:6])
+    ours = plug_in.pgd(setting.student, setting.x, setting.y, eps=0.1, step=0.025, steps=10)
+    assert (x_adv - setting.x).abs().max() <= 0.1 + 1e-6
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    with torch.no_grad():
+        clean, theirs, own = (
+            F.cross_entropy(setting.student(images), setting.y) for images in (setting.x, x_adv, ours)
+        )
+    assert own > 1.5 * clean
+    assert theirs == pytest.approx(own.item(), rel=0.3)  # ART's start is drawn from NumPy's generator, unseeded here
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("torchattacks", "torchattacks", "torchattacks"),
+        ("art", "art", "art"),
+        ("lightning", "lightning", "lightning"),
+        ("fabric", "lightning", "lightning"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(plug_in, setting, monkeypatch, name, package, extra):
+    genuine = builtins.__import__
+
+    def without(module, *rest):
+        if module.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        return genuine(module, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError) as error:
+        setting.train(plug_in, name)
+    assert str(error.value) == f"{package} is missing: pip install 'cktat-loss[{extra}]'"
+
+
+@pytest.fixture(scope="module")
+def migrated():
+    """What the page's Python leaves behind, from top to bottom."""
+    torch.manual_seed(0)
+    text = MIGRATION.read_text()
+    blocks = [*re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
+    assert len(blocks) == 2
+    namespace = {"__name__": "migrate_from_trades"}
+    for block in blocks:
+        above = text.count("\n", 0, block.start(1))  # so that an error names the page's own line
+        exec(compile("\n" * above + block[1], MIGRATION, "exec"), namespace)
+    return namespace
+
+
+def test_both_loops_of_the_migration_page_train(migrated):
+    assert migrated["loss"].isfinite()
+    assert all(parameter.grad.abs().max() > 0 for parameter in migrated["model"].parameters())
+    assert migrated["model"].training
+
+
+def test_the_attack_of_the_migration_page_wakes_no_frozen_module(migrated):
+    model, (x, y) = migrated["model"], migrated["loader"][0]
+    model[2].eval()
+    migrated["attack"](model, x, y)
+    assert [module.training for module in model] == [True, True, False, True, True]
+    model.train()
+
+
+def test_beta_weighs_the_same_consistency_term_as_in_trades(migrated):
+    model, criterion, (x, _) = migrated["model"].eval(), migrated["criterion"], migrated["loader"][0]
+    x_adv = x.flip(2)  # far away: the term is not small
+    clean, adv = model(x), model(x_adv)
+    trades = F.kl_div(F.log_softmax(adv, 1), F.softmax(clean, 1), reduction="batchmean")
+    assert trades > 1e-4
+    consistency = criterion.terms(clean_logits=clean, adv_logits=adv, x=x).consistency.mean()
+    assert consistency.item() == pytest.approx(trades.item(), rel=1e-4)
+
+
+def test_the_migration_page_says_of_every_numbered_line_what_becomes_of_it():
+    text = MIGRATION.read_text()
+    before, rest = text.split("## After")
+    table = rest.split("## Line by line")[1]
+    numbers = set(re.findall(r"# (\d)$", before, re.MULTILINE))
+    assert numbers == set(re.findall(r"\((\d)\) \|", table)) | set(re.findall(r"\((\d)\)", table))
+    assert numbers == set("12345")
