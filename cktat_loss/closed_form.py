@@ -16,20 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cktat_loss.divergence import SERIES_BELOW, compute_dtype, kl_elements, small_kl_elements
+from cktat_loss.divergence import SERIES, SERIES_BELOW, compute_dtype, kl_elements, log_softmax
 
 # Large enough to amortise the calls of PyTorch, some thirty a block; small enough for a core's share of the cache.
 # A block takes up to 8 elements a logit position for itself, 1.6 MB.
 BLOCK_ELEMENTS_PER_THREAD = 51200
 # Where there is no cache to stay in, a block only bounds the memory.
 BLOCK_ELEMENTS_WITHOUT_CACHE = 1 << 24
-# Up to here a call costs more than its arithmetic: the fewest calls win.
-FEW_CALLS_UP_TO_ELEMENTS = 20000
-# torch's CPU softmax adds up a row in one go, so that a long one is off by up to 1e-5; torch's sum adds pairwise.
-LONG_ROW = 1024
 # Rounding leaves up to some 1e-7 in a plain float32 sum of p d: a KL below this is summed again, termwise.
 PLAIN_SUM_DOWN_TO = 0.02
 
+# Up to here a call costs more than its arithmetic: the fewest calls win.
+FEW_CALLS_UP_TO_ELEMENTS = 10000
+LOG2_E = 1 / math.log(2)
 # The weight that costs no multiplication.
 ONE = 1.0
 
@@ -75,22 +74,22 @@ def fused(
     """
     n, classes = clean.shape
     dtype = compute_dtype(clean, adv, teacher)
-    divergences = _in_double if dtype == torch.float64 else _in_single
-    if dtype == torch.float32 and branch_on_data and n * classes <= FEW_CALLS_UP_TO_ELEMENTS:
-        divergences = _in_few_calls
-    block = BLOCK_ELEMENTS_WITHOUT_CACHE
-    if branch_on_data:  # a share for each thread, but of a large problem no more than a fifth
+    divergences, block = _without_branches, BLOCK_ELEMENTS_WITHOUT_CACHE
+    if branch_on_data:
+        divergences = _in_double if dtype == torch.float64 else _in_single
+        if dtype == torch.float32 and n * classes <= FEW_CALLS_UP_TO_ELEMENTS:
+            divergences = _in_few_calls
+        # A share for each thread, but of a large problem no more than a fifth.
         block = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
         block = max(block, BLOCK_ELEMENTS_PER_THREAD)
 
-    def compute(rows: slice) -> Fused:
-        logits = (clean[rows], adv[rows], teacher[rows])
-        w1, w2 = (w[rows, None] if isinstance(w, Tensor) and w.ndim else w for w in (w_guidance, w_consistency))
-        return _with_gradients(divergences(*logits, tau, branch_on_data), w1, w2, clean_grad, adv_grad)
+    def compute(clean: Tensor, adv: Tensor, teacher: Tensor, *weights: float | Tensor) -> Fused:
+        w1, w2 = (w.unsqueeze(1) if isinstance(w, Tensor) and w.ndim else w for w in weights)
+        return _with_gradients(divergences(clean, adv, teacher, tau), w1, w2, clean_grad, adv_grad)
 
     step = max(1, block // classes)
     if n <= step:
-        return compute(slice(None))
+        return compute(clean, adv, teacher, w_guidance, w_consistency)
     whole = Fused(
         clean.new_empty(n, dtype=dtype),
         clean.new_empty(n, dtype=dtype),
@@ -99,7 +98,8 @@ def fused(
     )
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        _write(whole, rows, compute(rows))
+        weights = (w[rows] if isinstance(w, Tensor) and w.ndim else w for w in (w_guidance, w_consistency))
+        _write(whole, rows, compute(clean[rows], adv[rows], teacher[rows], *weights))
     return whole
 
 
@@ -118,13 +118,25 @@ def _with_gradients(
         d_clean = d_c.sub_(mean_d_c.unsqueeze(1)).mul_(p_c)
         d_clean = d_clean if w2 is ONE else d_clean.mul_(w2)
     if adv_grad:
-        d_adv, to_clean = p_a - p_t, p_a - p_c
-        d_adv = d_adv if w1 is ONE else d_adv.mul_(w1)
-        d_adv = d_adv.addcmul_(to_clean, w2) if isinstance(w2, Tensor) else d_adv.add_(to_clean, alpha=w2)
+        p_c -= p_a
+        p_a -= p_t
+        d_adv = p_a if w1 is ONE else p_a.mul_(w1)
+        d_adv = d_adv.addcmul_(p_c, w2, value=-1) if isinstance(w2, Tensor) else d_adv.sub_(p_c, alpha=w2)
     return Fused(guidance, consistency, d_clean, d_adv)
 
 
-def _in_double(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, branch_on_data: bool) -> _Divergences:
+def _without_branches(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> _Divergences:
+    """All summands termwise, where Python cannot look at values."""
+    dtype = compute_dtype(clean, adv, teacher)
+    log_p = torch.stack((log_softmax(teacher.to(dtype), tau), log_softmax(clean.to(dtype)), log_softmax(adv.to(dtype))))
+    p = log_p.exp()
+    targets, p_a = p[:2], p[2]
+    d = (log_p[:2] - log_p[2]).masked_fill_(targets == 0, 1.0)
+    kl = kl_elements(targets, d, p_a).sum(2).clamp(min=0)
+    return _Divergences(p[0], p[1], p_a, d[1], (p[1] * d[1]).sum(1), kl[0], kl[1])
+
+
+def _in_double(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> _Divergences:
     """Plain sums of p d + q - p: in float64 they are right for any KL that anyone reads.
 
     Everything is done to all three at once, in few calls, also where the adversarial part comes out zero.
@@ -136,65 +148,87 @@ def _in_double(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, branch_o
     d = log_p - log_p[2]
     rest = p[2] - p  # sums to zero, but for what log_softmax loses of a long row
     kl = (p * d).add_(rest).sum(2)
-    if not branch_on_data or math.isnan(kl.sum().item()):
+    if math.isnan(kl.sum().item()):
         kl = (p * d.masked_fill_(p == 0, 0.0)).add_(rest).sum(2)  # 0 log 0 = 0, where d may be inf - inf
     p_t, p_c, p_a = p.unbind()
     guidance, consistency, _ = kl.clamp(min=0).unbind()
     return _Divergences(p_t, p_c, p_a, d[1], kl[1], guidance, consistency)
 
 
-def _in_few_calls(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, branch_on_data: bool) -> _Divergences:
+def _in_few_calls(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> _Divergences:
     """All summands termwise, for small blocks of float32 or less: everything to all three at once.
 
     Where expm1 overflows, or meets inf - inf, the sum tells, and the block is done in float64.
     """
-    t = teacher.float()
-    t = (t - t.amax(1, keepdim=True)) / tau
-    log_p = torch.stack((t, clean, adv)).log_softmax(2)  # (3, N, C), float32
-    p = log_p.exp()
-    d = log_p - log_p[2]
-    kl = d.neg().expm1_().add_(d).mul_(p).sum(2)  # p (d + expm1(-d)), the adversarial part zero
-    if not math.isfinite(kl.sum().item()):
-        return _in_double(clean, adv, teacher, tau, branch_on_data)
-    p_t, p_c, p_a = p.unbind()
-    guidance, consistency, _ = kl.clamp_(min=0).unbind()
-    return _Divergences(p_t, p_c, p_a, d[1], consistency, guidance, consistency)
-
-
-def _in_single(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, branch_on_data: bool) -> _Divergences:
-    """Plain sums of p d, and termwise ones where rounding would show."""
     x = torch.stack((teacher, clean, adv)).float()
     x -= x.amax(2, keepdim=True)
-    x[0] /= tau
-    p = x.softmax(2)
-    if x.shape[2] > LONG_ROW:
-        p /= p.sum(2, keepdim=True)
-    targets, p_a = p[:2], p[2]
-    top = p.amax(2)  # 1 / sum exp(x): the normaliser, without another pass over the row
-    shift = (top[:2] / top[2]).log_()  # of the ratio, since two logarithms round more than their difference
-    d = x[:2].sub_(x[2])
-    mean_d = (targets * d).sum(2)
-    kl = mean_d + shift
-    lowest = kl.amin().item() if branch_on_data else math.nan  # NaN if any is
-    if math.isnan(lowest):
-        d.masked_fill_(targets == 0, 0.0)  # 0 log 0 = 0, where d may be inf - inf
-        mean_d = (targets * d).sum(2)
+    x[0].div_(tau)
+    p = x.exp()  # by hand: torch's softmax takes ten times as long for rows shorter than a vector register
+    sums = p.sum(2, keepdim=True)
+    p /= sums
+    log_p = x.sub_(sums.log_())
+    targets, d = p[:2], log_p[:2].sub_(log_p[2])
+    kl = d.neg().expm1_().add_(d).mul_(targets).sum(2)  # p (d + expm1(-d))
+    if not math.isfinite(kl.sum().item()):
+        return _in_double(clean, adv, teacher, tau)
+    guidance, consistency = kl.clamp_(min=0).unbind()
+    return _Divergences(p[0], p[1], p[2], d[1], consistency, guidance, consistency)
+
+
+def _in_single(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> _Divergences:
+    """One after the other, since three at once would not stay in cache."""
+    x_a, p_a, sum_a = _softmax(adv)
+
+    def divergence(x: Tensor, p: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """d up to a constant, its mean under p, and the KL."""
+        d = x.sub_(x_a)
+        mean_d = (p * d).sum(1)
+        shift = (sum_a / sums).log_().squeeze(1)  # of the ratio, since two logarithms round more than their difference
         kl = mean_d + shift
-    if not branch_on_data:
-        exact_d = (d + shift.unsqueeze(2)).masked_fill_(targets == 0, 1.0)
-        kl = kl_elements(targets, exact_d, p_a).sum(2).clamp(min=0)
-    elif not lowest > PLAIN_SUM_DOWN_TO:
-        for term in range(2):
-            rows = (kl[term] <= PLAIN_SUM_DOWN_TO).nonzero().squeeze(1)
+        lowest = kl.amin().item()  # NaN if any is
+        if math.isnan(lowest):
+            d.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, where d may be inf - inf
+            mean_d = (p * d).sum(1)
+            kl = mean_d + shift
+        if not lowest > PLAIN_SUM_DOWN_TO:
+            rows = (kl <= PLAIN_SUM_DOWN_TO).nonzero().squeeze(1)
             if rows.numel():
-                some_p, some_d, some_q = (v.index_select(0, rows) for v in (p[term], d[term], p_a))
-                kl[term, rows] = _termwise(some_p, some_d.add_(shift[term, rows].unsqueeze(1)), some_q)
-    return _Divergences(p[0], p[1], p_a, d[1], mean_d[1], kl[0], kl[1])
+                some_p, some_d = p.index_select(0, rows), d.index_select(0, rows)
+                kl[rows] = _termwise(some_p, some_d.add_(shift[rows].unsqueeze(1)), p_a, rows)
+        return d, mean_d, kl
+
+    x_t, p_t, sum_t = _softmax(teacher, tau)
+    _, _, guidance = divergence(x_t, p_t, sum_t)
+    x_c, p_c, sum_c = _softmax(clean)
+    d, mean_d, consistency = divergence(x_c, p_c, sum_c)
+    return _Divergences(p_t, p_c, p_a, d, mean_d, guidance, consistency)
 
 
-def _termwise(p: Tensor, d: Tensor, q: Tensor) -> Tensor:
-    """KL of each row without cancellation, with no select over the elements where none is needed."""
+def _softmax(logits: Tensor, tau: float = ONE) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits less their maximum, the softmax, and the sum that it was divided by.
+
+    By hand, since torch's is slow for short rows and adds up long ones in one go, off by up to 1e-5. By ``exp2``, since
+    ``exp`` is left to a library that is slow on some makers' processors.
+    """
+    x = logits.float()
+    x = x - x.amax(1, keepdim=True)
+    if tau is not ONE:
+        x /= tau
+    p = (x * LOG2_E).exp2_()
+    sums = p.sum(1, keepdim=True)
+    return x, p.div_(sums), sums
+
+
+def _termwise(p: Tensor, d: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
+    """KL of each row without cancellation, with no select over the elements where none is needed. Overwrites d."""
     if p.amin().item() == 0:
         d.masked_fill_(p == 0, 1.0)
-    elements = small_kl_elements(p, d) if d.abs().amax().item() < SERIES_BELOW else kl_elements(p, d, q)
+    if d.abs().amax().item() < SERIES_BELOW:
+        *lower, highest = SERIES  # as small_kl_elements, in place
+        elements = d * highest
+        for coefficient in reversed(lower):
+            elements.add_(coefficient).mul_(d)
+        elements.mul_(d).mul_(p)
+    else:
+        elements = kl_elements(p, d, p_a.index_select(0, rows))
     return elements.sum(1).clamp_(min=0)

@@ -84,6 +84,22 @@ def test_vmap_of_loss_and_grads() -> None:
         assert oracle.gradient_error(d_adv[i], true.d_adv / 5, true.unit_adv / 5) <= 1e-11
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("mapped", [0, 1, 2])
+def test_vmap_of_loss_and_grads_over_one_of_the_logits(mapped: int, dtype: torch.dtype) -> None:
+    fixed = [x.to(dtype) for x in logits(5, 10)]
+    many = torch.randn(6, 5, 10, dtype=dtype)
+    in_dims = tuple(0 if i == mapped else None for i in range(3))
+    one = [*fixed[:mapped], many, *fixed[mapped + 1 :]]
+    value, d_clean, d_adv = vmap(lambda c, a, t: cktat_loss_and_grads(c, a, t, TAU, BETA), in_dims)(*one)
+    tolerance = oracle.TOLERANCES[dtype]
+    for i in range(6):
+        true = oracle.truth(*fixed[:mapped], many[i], *fixed[mapped + 1 :], TAU, BETA)
+        assert oracle.loss_error(value[i], true.rows.mean()) <= tolerance
+        assert oracle.gradient_error(d_clean[i], true.d_clean / 5, true.unit_clean / 5) <= tolerance
+        assert oracle.gradient_error(d_adv[i], true.d_adv / 5, true.unit_adv / 5) <= tolerance
+
+
 def test_per_sample_gradients_by_jacrev() -> None:
     args = logits(5, 10)
     true = oracle.truth(*args, TAU, BETA)
