@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cktat_loss.divergence import SERIES, SERIES_BELOW, compute_dtype, kl_elements, log_softmax
+from cktat_loss.divergence import SERIES, SERIES_BELOW, compute_dtype, kl_elements
 
 # Large enough to amortise the calls of PyTorch, some thirty a block; small enough for a core's share of the cache.
 # A block takes up to 8 elements a logit position for itself, 1.6 MB.
@@ -127,8 +127,10 @@ def _with_gradients(
 
 def _without_branches(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> _Divergences:
     """All summands termwise, where Python cannot look at values."""
-    dtype = compute_dtype(clean, adv, teacher)
-    log_p = torch.stack((log_softmax(teacher.to(dtype), tau), log_softmax(clean.to(dtype)), log_softmax(adv.to(dtype))))
+    x = torch.stack((teacher, clean, adv)).to(compute_dtype(clean, adv, teacher))
+    x -= x.amax(2, keepdim=True)
+    x[0].div_(tau)
+    log_p = x - x.exp().sum(2, keepdim=True).log()
     p = log_p.exp()
     targets, p_a = p[:2], p[2]
     d = (log_p[:2] - log_p[2]).masked_fill_(targets == 0, 1.0)

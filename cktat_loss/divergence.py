@@ -35,9 +35,13 @@ def small_kl_elements(p: Tensor, d: Tensor) -> Tensor:
 
 
 def log_softmax(logits: Tensor, tau: float | None = None) -> Tensor:
-    """log softmax(logits / tau), the maximum taken off first: logits / tau can overflow, and a large offset rounds."""
+    """log softmax(logits / tau), the maximum taken off first: logits / tau can overflow, and a large offset rounds.
+
+    By hand, since torch's takes off the maximum once more, also where a compiler writes it out.
+    """
     shifted = logits - logits.amax(-1, keepdim=True).detach()
-    return torch.log_softmax(shifted if tau is None else shifted / tau, -1)
+    shifted = shifted if tau is None else shifted / tau
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -54,3 +58,18 @@ def terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tens
     log_a = log_softmax(adv.to(dtype))
     guidance = kl_divergence(log_softmax(teacher.to(dtype), tau), log_a)
     return guidance, kl_divergence(log_softmax(clean.to(dtype)), log_a)
+
+
+def gradients(
+    clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, w_guidance: Tensor, w_consistency: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``(w_guidance * guidance + w_consistency * consistency).sum()`` of :func:`terms`, cast last."""
+    dtype = compute_dtype(clean, adv, teacher)
+    log_c, log_a = log_softmax(clean.to(dtype)), log_softmax(adv.to(dtype))
+    p_t, p_c, p_a = log_softmax(teacher.to(dtype), tau).exp(), log_c.exp(), log_a.exp()
+    d = torch.where(p_c > 0, log_c - log_a, 0.0)
+    w_t, w_c = w_guidance.unsqueeze(-1), w_consistency.unsqueeze(-1)
+    d_clean = w_c * p_c * (d - (p_c * d).sum(-1, keepdim=True))
+    # w_t (p_a - p_t) + w_c (p_a - p_c), with one use of p_a and p_t: a compiler stores an exp that is used twice.
+    d_adv = (w_t + w_c) * (p_a - p_c) + w_t * (p_c - p_t)
+    return d_clean.to(clean.dtype), d_adv.to(adv.dtype)

@@ -162,6 +162,24 @@ class _Terms(torch.autograd.Function):
         return _scaled(out.d_clean, 1.0, clean), _scaled(out.d_adv, 1.0, adv), *[None] * 3
 
 
+class _InGraph(torch.autograd.Function):
+    """Both terms as plain ops for torch.compile, whose backward pass starts from the logits.
+
+    Left to derive it, the compiler keeps five tensors of their size from one pass to the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+        ctx.tau = tau
+        ctx.save_for_backward(clean, adv, teacher)
+        return divergence.terms(clean, adv, teacher, tau)
+
+    @staticmethod
+    def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:
+        clean, adv, teacher = ctx.saved_tensors
+        return *divergence.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency), None, None
+
+
 def _to_triton(backend: str, *logits: Tensor) -> bool:
     """Whether the kernels take these: on CPU tensors (Triton's interpreter) only where asked for by name."""
     if torch.autograd.forward_ad._current_level >= 0:
@@ -178,7 +196,9 @@ def _traced_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, backe
         # product, since that is what the compiler takes for a variable one.
         tau_now = tau * adv.new_ones((), dtype=torch.float32)
         return CKTATTerms(*operators.terms(clean, adv, teacher, tau_now)[:2])
-    return CKTATTerms(*divergence.terms(clean, adv, teacher, tau))
+    if torch._C._are_functorch_transforms_active():
+        return CKTATTerms(*divergence.terms(clean, adv, teacher, tau))
+    return CKTATTerms(*_InGraph.apply(clean, adv, teacher, tau))
 
 
 def _traced(*upstream: Tensor) -> bool:

@@ -48,7 +48,14 @@ WRAPPERS = "test_warm_start_wrappers.py"
 MUTATIONS = [
     # The formula.
     Mutation("tau dropped", "closed_form", "(teacher.double() / tau,", "(teacher.double(),", ACCURACY),
-    Mutation("tau dropped, few calls", "closed_form", "x[0].div_(tau)", "x[0].div_(1)", ACCURACY),
+    Mutation("tau dropped, few calls", "closed_form", "x[0].div_(tau)\n    p =", "x[0].div_(1)\n    p =", ACCURACY),
+    Mutation(
+        "tau dropped, without branches",
+        "closed_form",
+        "x[0].div_(tau)\n    log_p =",
+        "x[0].div_(1)\n    log_p =",
+        ACCURACY,
+    ),
     Mutation(
         "expm1 dropped, few calls",
         "closed_form",
@@ -191,6 +198,27 @@ MUTATIONS = [
         "test_masks.py::test_masks_that_leave_an_answer",
     ),
     Mutation(
+        "mask ignored, without branches",
+        "closed_form",
+        ".masked_fill_(targets == 0, 1.0)",
+        "",
+        "test_masks.py::test_masks_that_leave_an_answer",
+    ),
+    Mutation(
+        "mask ignored, gradients in graphs",
+        "divergence",
+        "torch.where(p_c > 0, log_c - log_a, 0.0)",
+        "log_c - log_a",
+        "test_masks.py::test_masks_compiled",
+    ),
+    Mutation(
+        "mean not taken off, gradients in graphs",
+        "divergence",
+        "(d - (p_c * d).sum(-1, keepdim=True))",
+        "d",
+        "test_accuracy.py::test_compiled",
+    ),
+    Mutation(
         "small-KL series dropped",
         "divergence",
         "return torch.where(d.abs() < SERIES_BELOW, small_kl_elements(p, d), plain)",
@@ -233,10 +261,28 @@ MUTATIONS = [
         "test_small_kl.py::test_never_negative_in_float64",
     ),
     Mutation(
-        "half precision not upcast", "closed_form", "(teacher, clean, adv)).float()", "(teacher, clean, adv))", ACCURACY
+        "half precision not upcast, few calls",
+        "closed_form",
+        "(teacher, clean, adv)).float()",
+        "(teacher, clean, adv))",
+        ACCURACY,
     ),
     Mutation(
-        "half precision not upcast, in graphs", "divergence", "log_softmax(adv.to(dtype))", "log_softmax(adv)", ACCURACY
+        "half precision not upcast, single precision", "closed_form", "x = logits.float()", "x = logits", ACCURACY
+    ),
+    Mutation(
+        "half precision not upcast, in graphs",
+        "divergence",
+        "    log_a = log_softmax(adv.to(dtype))",
+        "    log_a = log_softmax(adv)",
+        ACCURACY,
+    ),
+    Mutation(
+        "gradients in graphs from half precision",
+        "divergence",
+        "log_softmax(clean.to(dtype)), log_softmax(adv.to(dtype))",
+        "log_softmax(clean), log_softmax(adv)",
+        "test_accuracy.py::test_compiled",
     ),
     Mutation(
         "gradients cast before scaling",
@@ -287,6 +333,20 @@ MUTATIONS = [
         "type(clean) in kernels.PLAIN and not _traced()",
         "type(clean) in kernels.PLAIN",
         "test_compile.py::test_loss_and_grads_is_one_graph",
+    ),
+    Mutation(
+        "graphs keep what the backward pass could make",
+        "ops",
+        "CKTATTerms(*_InGraph.apply(clean, adv, teacher, tau))",
+        "CKTATTerms(*divergence.terms(clean, adv, teacher, tau))",
+        "test_compile.py::test_nothing_is_kept_for_the_backward_pass_but_the_logits",
+    ),
+    Mutation(
+        "weights swapped, gradients in graphs",
+        "ops",
+        "ctx.tau, w_guidance, w_consistency), None",
+        "ctx.tau, w_consistency, w_guidance), None",
+        "test_compile.py::test_any_upstream_gradients_of_the_terms",
     ),
     # The teacher.
     Mutation(

@@ -58,7 +58,7 @@ def test_loss_and_gradients(shape: tuple[int, int], dtype: torch.dtype, form: Fo
         oracle.assert_right(*form(*args), true, oracle.TOLERANCES[dtype], note=f"scale {scale}, tau {tau}, beta {beta}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 10), (2, 50257)], ids=str)
 def test_compiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
     args, true = case(shape, 4, dtype, 0.7, 5.3)

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cktat_loss import CKTATLoss, adaptive_beta, functional
+from tests import oracle
 
 SIDE, CLASSES = 6, 5
 
@@ -200,6 +201,34 @@ def test_small_and_large_kl_in_a_graph(counter, scale, reduction):
 
     actual = torch.compile(loss, backend=counter, fullgraph=True)(*logits)
     torch.testing.assert_close(actual, loss(*(x.double() for x in logits)).float(), rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_any_upstream_gradients_of_the_terms(counter, dtype):
+    logits = [(3 * torch.randn(8, CLASSES)).to(dtype) for _ in range(3)]
+    weights = torch.randn(2, 8).to(torch.promote_types(dtype, torch.float32)).unbind()
+    zero, one = (oracle.truth(*logits, 0.7, beta) for beta in (0.0, 1.0))
+    w_guidance, w_consistency = (oracle.array(w)[:, None] for w in weights)
+    clean, adv = (x.requires_grad_() for x in logits[:2])
+    terms = torch.compile(functional.cktat_terms, backend=counter, fullgraph=True)(*logits, 0.7)
+    d_clean, d_adv = torch.autograd.grad(terms, (clean, adv), weights)
+    assert (d_clean.dtype, d_adv.dtype) == (dtype, dtype)
+    of_adv = w_guidance * zero.d_adv + w_consistency * (one.d_adv - zero.d_adv)
+    size = 1 + abs(w_guidance[:, 0]) + abs(w_consistency[:, 0])
+    tolerance = oracle.TOLERANCES[dtype]
+    assert oracle.gradient_error(d_clean, w_consistency * one.d_clean, size * one.unit_clean) <= tolerance
+    assert oracle.gradient_error(d_adv, of_adv, size) <= tolerance
+
+
+def test_nothing_is_kept_for_the_backward_pass_but_the_logits(counter):
+    logits = [torch.randn(8, CLASSES) for _ in range(3)]
+    for x in logits[:2]:
+        x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = torch.compile(functional.cktat_loss, backend=counter, fullgraph=True)(*logits)
+    loss.backward()
+    assert {x.data_ptr() for x in kept if x.numel() >= 8 * CLASSES} == {x.data_ptr() for x in logits}
 
 
 def test_a_shared_compiled_teacher_in_a_graph(counter):
