@@ -244,7 +244,7 @@ MUTATIONS = [
         "closed_form",
         "p_a.index_select(0, rows)",
         "p_a[: len(rows)]",
-        "test_masks.py::test_a_tiny_kl_under_masks",
+        "test_small_kl.py::test_small_rows_among_others",
     ),
     Mutation(
         "small KLs summed plainly",

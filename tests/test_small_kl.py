@@ -54,6 +54,16 @@ def test_from_tiny_to_ordinary(shape: tuple[int, int], form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_small_rows_among_others(form: Form) -> None:
+    """Each summed from its own probabilities, also where a class of little weight is far off."""
+    clean, adv, teacher = nearly_equal((200, 100), gap=2e-3)
+    clean[:, 0] = clean.logsumexp(1) - 7
+    adv[:, 0] = clean[:, 0] + 1
+    adv[::2] += 3 * torch.randn(100, 100)
+    oracle.assert_right(*form(clean, adv, teacher, 1.0, 1.0), oracle.truth(clean, adv, teacher, 1.0, 1.0), 2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_never_negative(shape: tuple[int, int], form: Form) -> None:
     for gap in (0.0, 1e-7, 1e-5, 1e-4):
