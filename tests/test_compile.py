@@ -231,6 +231,14 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_logits(counter):
     assert {x.data_ptr() for x in kept if x.numel() >= 8 * CLASSES} == {x.data_ptr() for x in logits}
 
 
+def test_a_second_derivative_of_a_graph_raises():
+    logits = [torch.randn(4, 5, requires_grad=True) for _ in range(2)]
+    loss = torch.compile(functional.cktat_loss, backend="aot_eager", fullgraph=True)(*logits, torch.randn(4, 5))
+    (gradient,) = torch.autograd.grad(loss, logits[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss + gradient.square().sum(), logits[1])
+
+
 def test_a_shared_compiled_teacher_in_a_graph(counter):
     training = Training()
     training.criterion = CKTATLoss(torch.compile(training.teacher, backend="eager"), 5.3, 0.7, copy_teacher=False)
