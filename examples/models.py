@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ARCHITECTURES = ("resnet18", "preact-resnet18", "wrn-34-10", "wrn-DEPTH-WIDTH", "digits", "torchvision:NAME")
+ARCHITECTURES = (
+    "resnet18",
+    "preact-resnet18",
+    "wrn-34-10",
+    "wrn-DEPTH-WIDTH",
+    "digits",
+    "digits-WIDTH",
+    "torchvision:NAME",
+)
 
 
 def build(
@@ -29,7 +37,8 @@ def build(
     """A fresh classifier, in train mode: images (N, channels, size, size) in [0, 1] to logits (N, classes).
 
     Args:
-        arch: one of ARCHITECTURES. DEPTH is 6n + 4. "digits", the quickstart's net, takes 1 x 8 x 8 images only.
+        arch: one of ARCHITECTURES. DEPTH is 6n + 4. "digits", the quickstart's net, of width 16
+            unless given, takes images of 1 x 8 x 8 and 1 x 28 x 28 only.
         classes: number of logits.
         size: height and width of the images.
         channels: of the images. torchvision's models need 1 or 3; one channel is repeated to three.
@@ -50,8 +59,8 @@ def build(
         net = PreActResNet(channels, classes, widths=(64, 64, 128, 256, 512), blocks=2)
     elif wrn := re.fullmatch(r"wrn-(\d+)-(\d+)", arch):
         net = wide_resnet(int(wrn[1]), int(wrn[2]), channels, classes)
-    elif arch == "digits":
-        net = _digit_net(classes, size, channels)
+    elif digits := re.fullmatch(r"digits(?:-(\d+))?", arch):
+        net = _digit_net(int(digits[1] or 16), classes, size, channels)
     elif arch.startswith("torchvision:"):
         net, adapters = _from_torchvision(arch.removeprefix("torchvision:"), classes, size, channels)
         before += adapters
@@ -192,12 +201,14 @@ def wide_resnet(depth: int, width: int, channels: int, classes: int) -> PreActRe
     return net
 
 
-def _digit_net(classes: int, size: int, channels: int) -> nn.Module:
-    if (size, channels) != (8, 1):
-        raise ValueError(f"arch 'digits' takes images of 1 x 8 x 8, got {channels} x {size} x {size}")
+def _digit_net(width: int, classes: int, size: int, channels: int) -> nn.Module:
+    if size not in (8, 28) or channels != 1:
+        raise ValueError(f"arch 'digits' takes images of 1 x 8 x 8 or 1 x 28 x 28, got {channels} x {size} x {size}")
+    if width < 1:
+        raise ValueError("arch 'digits-WIDTH' must have a width from 1, got 0")
     from quickstart_extras import DigitNet  # its other half needs matplotlib, which the other models do not
 
-    return DigitNet(classes=classes)
+    return DigitNet(width, classes, size)
 
 
 class RGB(nn.Module):

@@ -41,12 +41,17 @@ class Block(nn.Module):
 
 
 class DigitNet(nn.Sequential):
-    """A ResNet with two blocks for 8x8 images. Takes pixels in [0, 1]: its BatchNorms do the normalising."""
+    """A ResNet with two blocks for digits of 8x8 pixels, or of MNIST's 28x28, which its stem halves first.
 
-    def __init__(self, width: int = 16, classes: int = 10) -> None:
-        stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    Takes pixels in [0, 1]: its BatchNorms do the normalising.
+    """
+
+    def __init__(self, width: int = 16, classes: int = 10, size: int = 8) -> None:
+        stride = 1 if size == 8 else 2
+        side = size // (2 * stride)
+        stem = nn.Sequential(nn.Conv2d(1, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         blocks = Block(width, width, stride=1), Block(width, 2 * width, stride=2)
-        super().__init__(stem, *blocks, nn.Flatten(), nn.Linear(2 * width * 4 * 4, classes))
+        super().__init__(stem, *blocks, nn.Flatten(), nn.Linear(2 * width * side * side, classes))
 
 
 def load_data(seed: int, device: torch.device) -> tuple[Split, Split, Split]:

@@ -8,7 +8,7 @@ import torch
 from data import DATASETS
 from options import Group, Number, device_name
 
-VALIDATION = {"digits": 200, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
+VALIDATION = {"digits": 200, "mnist5k": 500, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
 
 
 def drop_epochs(text: str) -> tuple[float, ...]:
@@ -18,7 +18,9 @@ def drop_epochs(text: str) -> tuple[float, ...]:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     group = Group(parser, "data")
-    group.choice("--dataset", DATASETS, "cifar10", "imagefolder has ImageNet's layout; digits and fake need no files")
+    group.choice(
+        "--dataset", DATASETS, "cifar10", "imagefolder has ImageNet's layout; digits, mnist5k and fake need no files"
+    )
     group.option("--data", Path, Path("data"), "folder of the data set's files", metavar="FOLDER")
     group.switch("--download", "fetch what is missing into --data")
     group.option(
@@ -27,8 +29,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         None,
         "training images held out to choose best.pt, the guard against robust overfitting (Rice et al. 2020); the same "
         "ones for teacher and student, whatever --seed is",
-        shown="1000; digits 200, fake 128",
+        shown="1000; mnist5k 500, digits 200, fake 128",
         metavar="IMAGES",
+    )
+    group.option(
+        "--split-seed",
+        Number(int, 0, 2**32 - 1),
+        0,
+        "draws the images that are held out, for teacher and student alike: those for validation, and of digits and "
+        "mnist5k those for the final test",
+        metavar="N",
     )
     group.switch("--no-augmentation", "train on the images without random crops and flips, as digits always are")
     group.option(

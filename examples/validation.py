@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 APGD_STEPS = 50
 
+QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.95)
+
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, x, y -> x'
 
 
@@ -22,6 +24,7 @@ class Scores:
     clean: float  # right on clean images
     pgd: float | None  # right under attack, if there was one
     most_predicted: float  # given the class that is given most often
+    label_probability: tuple[float, ...] = ()  # of the label under attack: its QUANTILES over the images
 
     @property
     def deciding(self) -> float:
@@ -41,7 +44,7 @@ def validate(
 
     The attack's random starts are the same in every call, and training's randomness is left as it was.
     """
-    clean, adversarial, predicted, labels = [], [], [], []
+    clean, adversarial, predicted, labels, probability = [], [], [], [], []
     with own_randomness(device, seed=0), eval_mode(model), torch.no_grad():
         for x, y in batches:
             if stop():
@@ -52,12 +55,14 @@ def validate(
             predicted.append(classes)
             labels.append(y)
             if attack is not None:
-                adversarial.append(model(attack(model, x, y)).argmax(1) == y)
-    return Scores(
-        _share(clean),
-        _share(adversarial) if adversarial else None,
-        torch.cat(predicted).bincount().max().item() / len(torch.cat(labels)),
-    )
+                logits = model(attack(model, x, y))
+                adversarial.append(logits.argmax(1) == y)
+                probability.append(logits.softmax(1).gather(1, y[:, None]).squeeze(1).cpu())
+    most_predicted = torch.cat(predicted).bincount().max().item() / len(torch.cat(labels))
+    if attack is None:
+        return Scores(_share(clean), None, most_predicted)
+    quantiles = torch.cat(probability).quantile(torch.tensor(QUANTILES))
+    return Scores(_share(clean), _share(adversarial), most_predicted, tuple(quantiles.tolist()))
 
 
 def _share(hits: list[Tensor]) -> float:

