@@ -5,13 +5,16 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-torch test-triton mutants bench kernels gpu
+.PHONY: help demo study test lint test-torch test-triton mutants bench kernels gpu
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
 
 demo: $(READY)  ## train, attack and draw on real digits: out/quickstart.png (ARGS="--help" for the options)
 	$(RUN) examples/quickstart.py $(ARGS)
+
+study: $(READY)  ## the methods compared on digits, in ten minutes (ARGS=--full: all of docs/study.md, hours)
+	$(RUN) examples/study.py $(ARGS)
 
 test: lint  ## all that CI checks: lint, test-torch and test-triton, side by side
 	$(MAKE) --jobs=2 --output-sync=target test-torch test-triton

@@ -53,9 +53,12 @@ class CKTAT:
         guidance, consistency = self.criterion.terms(
             clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits
         )
-        weights = adaptive_beta(adv_logits, y, beta=beta) if self.adaptive else beta
-        per_sample = weights * consistency + (guidance if self.guidance else 0)
+        per_sample = self.weights(adv_logits, y, beta) * consistency + (guidance if self.guidance else 0)
         return Terms(per_sample.mean(), guidance.detach().mean(), consistency.detach().mean())
+
+    def weights(self, adv_logits: Tensor, y: Tensor, beta: float) -> Tensor | float:
+        """Of the consistency term: (N,), or one for all."""
+        return adaptive_beta(adv_logits, y, beta=beta) if self.adaptive else beta
 
 
 @dataclass(frozen=True)

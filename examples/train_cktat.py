@@ -18,6 +18,7 @@ leave a run that --resume continues.
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -63,15 +64,19 @@ _OF_CKTAT = ("recipe", "tau", "detach_clean", "adaptive_beta", "no_guidance", "n
 NOT_FOR = {"cktat": (), "trades": _OF_CKTAT, "pgd-at": (*_OF_CKTAT, "beta", "beta_ramp", "two_forwards")}
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Train the student."""
+def run(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    new_method: Callable[[argparse.Namespace, nn.Module | None], Method] | None = None,
+) -> None:
+    """Train the student, with a method of the caller's in the place of --method where one is given."""
     data = open_data(args, ranks)
     torch.manual_seed(args.seed)
     teacher = None if args.teacher is None else open_teacher(args, data).to(ranks.device)
     trainer = Trainer(new_student(args, data, teacher), data, args, ranks)
     if trainer.finished:
         return
-    method = new_method(args, teacher)
+    method = (new_method or method_of)(args, teacher)
     frozen = method.criterion.teacher if isinstance(method, CKTAT) else None
 
     def settings(progress: float) -> Settings:
@@ -157,7 +162,7 @@ def new_student(args: argparse.Namespace, data: Data, teacher: nn.Module | None)
     return student
 
 
-def new_method(args: argparse.Namespace, teacher: nn.Module | None) -> Method:
+def method_of(args: argparse.Namespace, teacher: nn.Module | None) -> Method:
     """The loss to train with. CKTAT's criterion keeps its own frozen copy of the teacher."""
     if args.method == "trades":
         return TRADES()

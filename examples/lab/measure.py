@@ -1,0 +1,95 @@
+"""What a trained network is worth, and whether the attacks that say so can be trusted."""
+
+import torch
+import torch.nn.functional as F
+from attacks import Budget, pgd_attack
+from data import Images
+from evaluate import Evaluation
+from torch import Tensor, nn
+from torch.utils.data import Subset, default_collate
+
+APGD, STANDARD = Budget(apgd_steps=50, targets=3), Budget()
+
+
+def on_validation(model: nn.Module, images: Images, eps: float, source: nn.Module | None) -> dict[str, float | None]:
+    """Accuracies and signs of gradient masking, by the names of records.Record.
+
+    Args:
+        model: on the device to run on, in eval mode afterwards.
+        images: to attack within eps (Linf, of pixels in [0, 1]).
+        source: a network whose adversarial images to try too.
+    """
+    evaluation = _evaluate(model, images, ("pgd20", "cw", "apgd"), eps, APGD)
+    right = {name: hits.double().mean().item() for name, hits in evaluation.hits.items()}
+    x, y = (part.to(_device(model)) for part in default_collate(list(images)))
+    with torch.no_grad():
+        confidence = model(x).softmax(1).amax(1).mean().item()
+    transfer = None
+    if source is not None:
+        source.to(x.device).eval().requires_grad_(False)
+        with torch.no_grad():
+            transfer = (model(_attacked(source, x, y, eps)).argmax(1) == y).double().mean().item()
+    zero, nonlinearity = _surface(model, x, y, eps)
+    return {
+        "natural": right["clean"],
+        "pgd20": right["PGD-20"],
+        "cw30": right["CW-30"],
+        "apgd": right["APGD-T"],
+        "apgd_ce": right["APGD-CE"],
+        "transfer": transfer,
+        "zero_gradients": zero,
+        "nonlinearity": nonlinearity,
+        "confidence": confidence,
+    }
+
+
+def on_test(model: nn.Module, images: Images, eps: float, autoattack_images: int) -> dict[str, float | int]:
+    """The final read: of all test images, and AutoAttack's standard version on the first so many."""
+    whole = _evaluate(model, images, ("pgd20", "apgd"), eps, APGD).hits
+    some = Subset(images, range(min(autoattack_images, len(images))))
+    robust = _evaluate(model, some, ("autoattack",), eps, STANDARD).hits["AutoAttack"]
+    return {
+        "test_natural": whole["clean"].double().mean().item(),
+        "test_pgd20": whole["PGD-20"].double().mean().item(),
+        "test_apgd": whole["APGD-T"].double().mean().item(),
+        "test_autoattack": robust.double().mean().item(),
+        "test_autoattack_images": len(some),
+    }
+
+
+def _evaluate(
+    model: nn.Module, images: Images | Subset, attacks: tuple[str, ...], eps: float, budget: Budget
+) -> Evaluation:
+    evaluation = Evaluation(model, images, eps=eps, device=_device(model))
+    evaluation.run(attacks, budget)
+    return evaluation
+
+
+def _surface(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[float, float]:
+    """Share of images where the cross-entropy has no gradient; how far it is from linear on the way of an attack.
+
+    The second is Qin et al.'s (2019, arXiv 1907.02610), relative: the median of |l(x + d) - l(x) - d g| / l(x + d).
+    """
+    inputs = x.clone().requires_grad_()
+    loss = F.cross_entropy(model(inputs), y, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), inputs)
+    x_adv = _attacked(model, x, y, eps)
+    with torch.no_grad():
+        there = F.cross_entropy(model(x_adv), y, reduction="none")
+    linear = loss.detach() + ((x_adv - x) * gradient).flatten(1).sum(1)
+    zero = gradient.flatten(1).abs().amax(1) == 0
+    return zero.double().mean().item(), ((there - linear).abs() / there.clamp_min(1e-6)).median().item()
+
+
+def _attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    torch.manual_seed(0)
+    return pgd_attack(model, steps=20, norm="linf", eps=eps).perturb(x, y)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def device_name(device: torch.device) -> str:
+    """What a record says of where it was made."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

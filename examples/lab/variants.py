@@ -1,0 +1,102 @@
+"""What the study trains with beside the methods of methods.py: controls, and remedies that were tried."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from methods import CKTAT, TRADES, Method, Objective, Terms
+from torch import Tensor, nn
+from train_cktat import method_of
+
+
+@dataclass(frozen=True)
+class ChangedCKTAT(CKTAT):
+    """CKTAT with changes, each off by default.
+
+    Args:
+        one_hot: the labels take the teacher's place, as predictions of probability one.
+        normalized: divide the loss of each sample by 1 + beta_i, so that beta says where to go and not how fast. With
+            S(x) detached, both terms together are (1 + beta_i) times the KL from one mixture of their targets.
+        mixing: False leaves the consistency term out and keeps its weight: (1 + beta_i) times the guidance.
+        mean_1: divide the loss of a batch by the mean of 1 + beta_i: samples differ in weight, and no step is longer.
+        clean_guidance: weight of KL(softmax(T(x)/tau) || softmax(S(x))): the teacher anchors S(x) too.
+        label: weight of the cross-entropy CE(S(x'), y): the teacher's mistakes are not all that is learned.
+        logit_penalty: weight of the mean square of S(x'), against logits so large that gradients vanish.
+        objective: what the training attack maximises.
+    """
+
+    one_hot: bool = False
+    normalized: bool = False
+    mixing: bool = True
+    mean_1: bool = False
+    clean_guidance: float = 0.0
+    label: float = 0.0
+    logit_penalty: float = 0.0
+    objective: Objective = "ce"
+
+    def __call__(
+        self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: Tensor, y: Tensor, beta: float
+    ) -> Terms:
+        if self.one_hot:
+            # At any tau: the other classes' logits are far enough below to have probability zero.
+            teacher_logits = torch.zeros_like(adv_logits).scatter(1, y[:, None], 1e6)
+        guidance, consistency = self.criterion.terms(
+            clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits
+        )
+        weights = self.weights(adv_logits, y, beta)
+        per_sample = weights * (consistency if self.mixing else guidance) + (guidance if self.guidance else 0)
+        if self.normalized:
+            per_sample = per_sample / (1 + weights)
+        if self.mean_1:
+            per_sample = per_sample / (1 + weights).mean()
+        if self.clean_guidance:
+            on_clean, _ = self.criterion.terms(
+                clean_logits=clean_logits, adv_logits=clean_logits, teacher_logits=teacher_logits
+            )
+            per_sample = per_sample + self.clean_guidance * on_clean
+        if self.label:
+            per_sample = per_sample + self.label * F.cross_entropy(adv_logits.float(), y, reduction="none")
+        if self.logit_penalty:
+            per_sample = per_sample + self.logit_penalty * adv_logits.float().square().mean(1)
+        return Terms(per_sample.mean(), guidance.detach().mean(), consistency.detach().mean())
+
+
+@dataclass(frozen=True)
+class ChangedTRADES(TRADES):
+    """TRADES with CKTAT's recipe, as far as it is asked for.
+
+    Args:
+        detach_clean: no gradient through S(x) in the KL.
+        objective: what the training attack maximises; "ce" starts anywhere in the eps-ball.
+    """
+
+    detach_clean: bool = False
+    objective: Objective = "kl"
+
+    def attack_start(self, x: Tensor) -> Tensor | None:
+        return super().attack_start(x) if self.objective == "kl" else None
+
+    def __call__(
+        self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: None, y: Tensor, beta: float
+    ) -> Terms:
+        clean, adv = clean_logits.float(), adv_logits.float().log_softmax(1)
+        target = (clean.detach() if self.detach_clean else clean).log_softmax(1)
+        consistency = F.kl_div(adv, target, reduction="batchmean", log_target=True)
+        return Terms(F.cross_entropy(clean, y) + beta * consistency, consistency=consistency.detach())
+
+
+def changed(change: Mapping[str, Any]) -> Callable[[argparse.Namespace, nn.Module | None], Method]:
+    """What makes a method for train_cktat.run: the one that its options ask for, with these changes."""
+
+    def new_method(args: argparse.Namespace, teacher: nn.Module | None) -> Method:
+        method = method_of(args, teacher)
+        if not change:
+            return method
+        if isinstance(method, CKTAT):
+            return ChangedCKTAT(method.criterion, method.adaptive, method.guidance, **change)
+        return ChangedTRADES(**change)
+
+    return new_method

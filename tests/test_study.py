@@ -1,0 +1,287 @@
+"""examples/study.py: each run once, a killed one goes on, a failed one stops no other, and records are what was run."""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cktat_loss import CKTATLoss
+from tests.examples_path import EXAMPLES, imported
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("pyautoattack")
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+pytest.importorskip("tqdm")
+
+TINY = "--train-samples 64 --epochs 1 --validation 12"
+
+
+@pytest.fixture(scope="module")
+def lab():
+    names = ["runs", "variants", "measure", "one_run", "records"]
+    with imported("study", "data", *(f"lab.{name}" for name in names)) as modules:
+        parts = {name: getattr(modules, name) for name in names}
+        yield Namespace(study=modules.study, data=modules.data, **parts)
+
+
+# What is run.
+
+
+def test_every_run_is_in_the_grid_once_and_the_quick_one_is_a_part_of_the_full_one(lab):
+    quick, full = (list(lab.runs.grid(profile, "digits", None, 2)) for profile in ("quick", "full"))
+    assert len(set(full)) == len(full)
+    assert set(quick) < set(full)
+    assert len({run.name for run in full}) == len(full)
+
+
+def test_every_table_of_the_study_is_in_the_full_grid(lab):
+    r = lab.runs
+    full = set(r.grid("full", "digits", None, 1))
+    for eps in r.SETTINGS["digits"].eps:
+        assert {r.Run("digits", "digits", method, eps, 0) for method in r.MAIN} <= full
+    for method in (*r.CONTROLS, *r.SEARCH, *r.ABLATION, *r.TAU_SWEEP, *r.BETA_SWEEP):
+        assert r.Run("digits", "digits", method, 0.2, 0) in full
+    for width in r.WIDTHS:
+        # Students begin with a teacher, and are shown the images that fool PGD-AT's network.
+        assert {r.Run("digits", width, method, 0.2, 0) for method in (*r.CAPACITY, "clean", "pgd-at")} <= full
+
+
+def test_the_options_of_every_method_are_those_of_the_training_command(lab, tmp_path):
+    for method in lab.runs.METHODS:
+        args = lab.one_run.arguments(lab.runs.Run("digits", "digits", method, 0.2, 3), tmp_path, "")
+        epochs = 30 if method.endswith("longer") else 15
+        assert (args.eps, args.seed, args.epochs, args.split_seed) == (0.2, 3, epochs, lab.runs.SPLIT_SEED)
+    sweep = [
+        lab.one_run.arguments(lab.runs.Run("digits", "digits", m, 0.2, 0), tmp_path, "") for m in lab.runs.TAU_SWEEP
+    ]
+    assert [args.tau for args in sweep] == [1, 2, 3, 4, 5, 6]
+    sweep = [
+        lab.one_run.arguments(lab.runs.Run("digits", "digits", m, 0.2, 0), tmp_path, "") for m in lab.runs.BETA_SWEEP
+    ]
+    assert [args.beta for args in sweep] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert all(args.detach_clean and args.beta_ramp == 0.4 for args in sweep)
+
+
+# Controls and remedies, in float64 with loops over samples.
+
+
+@pytest.fixture
+def batch():
+    logits = {name: 3 * torch.randn(7, 5) for name in ("clean_logits", "adv_logits", "teacher_logits")}
+    return {**logits, "y": torch.randint(5, (7,))}
+
+
+def kl(p, q):
+    return (p * (p.log() - q.log())).nan_to_num(0).sum()
+
+
+def parts(batch, tau):
+    c, a, t = (batch[f"{name}_logits"].double() for name in ("clean", "adv", "teacher"))
+    return c.softmax(1), a.softmax(1), (t / tau).softmax(1), batch["y"]
+
+
+def test_one_hot_labels_take_the_teachers_place(lab, batch):
+    method = lab.variants.ChangedCKTAT(CKTATLoss(None, tau=2.5), adaptive=False, one_hot=True)
+    c, a, _, y = parts(batch, 1)
+    wanted = sum(F.one_hot(y[i], 5).double().dot(-a[i].log()) + 5.3 * kl(c[i], a[i]) for i in range(7)) / 7
+    assert method(**batch, beta=5.3).loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_normalized_divides_each_sample_by_the_sum_of_its_weights(lab, batch, adaptive):
+    method = lab.variants.ChangedCKTAT(CKTATLoss(None, tau=2.5), adaptive=adaptive, normalized=True)
+    c, a, t, y = parts(batch, 2.5)
+    total = 0.0
+    for i in range(7):
+        weight = 5.3 * a[i, y[i]] if adaptive else 5.3
+        total += (kl(t[i], a[i]) + weight * kl(c[i], a[i])) / (1 + weight) / 7
+    assert method(**batch, beta=5.3).loss.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_remedies_add_their_terms(lab, batch):
+    change = {"clean_guidance": 0.7, "label": 0.3, "logit_penalty": 0.01}
+    method = lab.variants.ChangedCKTAT(CKTATLoss(None, tau=2.5), adaptive=False, **change)
+    c, a, t, y = parts(batch, 2.5)
+    total = 0.0
+    for i in range(7):
+        total += kl(t[i], a[i]) + 5.3 * kl(c[i], a[i]) + 0.7 * kl(t[i], c[i]) - 0.3 * a[i, y[i]].log()
+        total += 0.01 * batch["adv_logits"][i].double().square().mean()
+    assert method(**batch, beta=5.3).loss.item() == pytest.approx(total.item() / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("mean_1", [False, True])
+def test_without_mixing_the_weights_are_all_that_is_left(lab, batch, mean_1):
+    change = {"one_hot": True, "mixing": False, "mean_1": mean_1}
+    method = lab.variants.ChangedCKTAT(CKTATLoss(None, tau=2.5), adaptive=True, **change)
+    _, a, _, y = parts(batch, 1)
+    weights = torch.stack([1 + 5.3 * a[i, y[i]] for i in range(7)])
+    total = sum(-weights[i] * a[i, y[i]].log() for i in range(7)) / 7
+    wanted = total / weights.mean() if mean_1 else total
+    assert method(**batch, beta=5.3).loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_trades_with_the_recipe_moves_the_adversarial_prediction_only(lab, batch):
+    method = lab.variants.ChangedTRADES(detach_clean=True, objective="ce")
+    batch["clean_logits"].requires_grad_()
+    batch["adv_logits"].requires_grad_()
+    terms = method(**batch, beta=5.3)
+    c, a, _, y = parts(batch, 1)
+    wanted = sum(-c[i, y[i]].log() + 5.3 * kl(c[i], a[i]) for i in range(7)) / 7
+    assert terms.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    terms.loss.backward()
+    own = torch.autograd.grad(F.cross_entropy(batch["clean_logits"], batch["y"]), batch["clean_logits"])[0]
+    torch.testing.assert_close(batch["clean_logits"].grad, own)
+    assert method.objective == "ce"
+    assert method.attack_start(torch.zeros(2)) is None
+    assert lab.variants.ChangedTRADES().attack_start(torch.zeros(2)).abs().max() > 0
+
+
+# Measures.
+
+
+class Threshold(torch.nn.Module):
+    """Class 1 above a brightness of one half, else class 0; of five. An image withstands eps if it is further away."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.threshold = torch.nn.Parameter(torch.tensor(0.5 + shift))
+
+    def forward(self, x):
+        side = 8 * (x.flatten(1).mean(1, keepdim=True) - self.threshold)
+        return torch.cat([-side, side, side.new_full((len(x), 3), -9.0)], 1)
+
+
+@pytest.fixture
+def images(lab):
+    """Ten images of one brightness each: three are 0.1 from one half, seven are 0.4 from it; one is mislabelled."""
+    brightness = torch.tensor([0.4, 0.6, 0.6, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9])
+    pixels = (255 * brightness).round().to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    labels = [0, 1, 1, 0, 0, 0, 1, 1, 1, 0]
+    return lab.data.Images(pixels, labels, lambda image: image)
+
+
+def test_accuracies_of_a_network_whose_every_margin_is_known(lab, images):
+    found = lab.measure.on_validation(Threshold().eval(), images, 0.2, Threshold(shift=0.6).eval())
+    assert found["natural"] == pytest.approx(0.9)
+    for attack in ("pgd20", "cw30", "apgd_ce", "apgd"):
+        assert found[attack] == pytest.approx(0.6), attack
+    assert found["zero_gradients"] == 0
+    # To another network, all images are dark ones to be made brighter: three of them cross the true threshold or stay.
+    assert found["pgd20"] <= found["transfer"] <= found["natural"]
+
+
+def test_a_flat_network_is_found_out(lab, images):
+    class Saturated(Threshold):
+        def forward(self, x):
+            return 1e4 * super().forward(x)
+
+    assert lab.measure.on_validation(Saturated().eval(), images, 0.2, None)["zero_gradients"] == pytest.approx(0.9)
+
+
+def test_nonlinearity_is_that_of_the_loss_on_the_attacks_way(lab, images):
+    x = torch.full((1, 1, 4, 4), 0.6)
+    y = torch.tensor([1])
+    model = Threshold().eval()
+    _, found = lab.measure._surface(model, x, y, 0.2)
+    loss = lambda brightness: -math.log(1 / (1 + math.exp(-16 * (brightness - 0.5))))  # noqa: E731, three classes are at e^-9
+    slope = -16 * (1 - 1 / (1 + math.exp(-16 * 0.1)))
+    assert found == pytest.approx(abs(loss(0.4) - loss(0.6) + 0.2 * slope) / loss(0.4), rel=0.02)
+
+
+def test_the_final_read_attacks_the_first_images_with_autoattack(lab, images, monkeypatch):
+    monkeypatch.setattr(lab.measure, "STANDARD", lab.measure.Budget(5, 1, 5, 20))
+    found = lab.measure.on_test(Threshold().eval(), images, 0.2, 3)
+    assert found["test_natural"] == pytest.approx(0.9)
+    assert found["test_apgd"] == found["test_pgd20"] == pytest.approx(0.6)
+    assert found["test_autoattack"] == 0  # the first three are within 0.2 of the threshold
+    assert found["test_autoattack_images"] == 3
+
+
+# The whole command, in processes of its own.
+
+
+def study(folder, *more, options=TINY):
+    command = [sys.executable, EXAMPLES / "study.py", "--out", folder, "--jobs", "2", "--seeds", "1", *more]
+    return [str(part) for part in (*command, "--options", options)]
+
+
+def test_a_study_leaves_a_line_a_run_and_is_never_done_twice(lab, tmp_path):
+    first = subprocess.run(study(tmp_path, "--methods", "adaptive"), capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    runs = lab.records.read_runs(tmp_path / "runs.csv")
+    assert {run.method for run in runs} == {"clean", "pgd-at", "adaptive"}
+    adaptive = next(run for run in runs if run.method == "adaptive")
+    assert (adaptive.eps, adaptive.seed, adaptive.epochs, adaptive.split_seed) == (0.2, 0, 1, lab.runs.SPLIT_SEED)
+    assert adaptive.options == f"--recipe ours {TINY}"
+    assert adaptive.transfer is not None
+    assert adaptive.test_natural is None
+    curves = lab.records.read_curves(tmp_path / "curves.csv")
+    assert [(epoch.method, epoch.epoch) for epoch in curves] == [("adaptive", 1), ("pgd-at", 1)]
+    assert "adaptive" in first.stdout
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    again = subprocess.run(study(tmp_path, "--methods", "adaptive"), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    assert lab.records.read_runs(tmp_path / "runs.csv") == runs
+
+
+def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(lab, tmp_path):
+    options = TINY.replace("--epochs 1", "--epochs 30")
+    command = study(tmp_path / "stopped", "--methods", "pgd-at", options=options)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    log = tmp_path / "stopped/digits/digits/pgd-at-eps0.2-seed0/log.csv"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    record = lab.runs.Run("digits", "digits", "pgd-at", 0.2, 0)
+    assert lab.one_run.record_of(record, tmp_path / "stopped") is None, "stopped too late to show anything"
+    for folder in ("stopped", "whole"):
+        whole = study(tmp_path / folder, "--methods", "pgd-at", options=options)
+        assert subprocess.run(whole, capture_output=True).returncode == 0
+    ours, theirs = (lab.records.read_runs(tmp_path / folder / "runs.csv") for folder in ("stopped", "whole"))
+    assert [replace(run, train_seconds=0, measure_seconds=0) for run in ours] == [
+        replace(run, train_seconds=0, measure_seconds=0) for run in theirs
+    ]
+    assert lab.records.read_curves(tmp_path / "stopped/curves.csv") == lab.records.read_curves(
+        tmp_path / "whole/curves.csv"
+    )
+
+
+def test_a_failed_run_is_named_and_stops_no_other(lab, tmp_path):
+    blocked = tmp_path / "digits/digits/adaptive-eps0.2-seed0"
+    blocked.mkdir(parents=True)
+    (blocked / "last.pt").write_text("not a checkpoint")
+    done = subprocess.run(study(tmp_path, "--methods", "adaptive,ramp"), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "failed: digits/digits/adaptive-eps0.2-seed0" in done.stderr
+    assert "--resume" in (blocked / "output.txt").read_text()
+    assert {run.method for run in lab.records.read_runs(tmp_path / "runs.csv")} == {"clean", "pgd-at", "ramp"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "ramp,nothing"], "got 'nothing', wanted some of clean,pgd-at"),
+        (["--jobs", "0"], "wanted a whole number in [1, 1024]"),
+        (["--options=--lr x"], "--lr: got 'x'"),
+        (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_run(lab, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        lab.study.main(["--out", str(tmp_path / "none"), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
