@@ -220,8 +220,10 @@ def _fused(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, *weights: fl
 
 
 def _forward(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> CKTATTerms:
-    """The terms, where no gradient is recorded anyway."""
-    return CKTATTerms(*_fused(clean, adv, teacher, tau, clean_grad=False, adv_grad=False)[:2])
+    """The terms, where no gradient is recorded anyway; not in float64 if that was only a way to compute them."""
+    guidance, consistency, *_ = _fused(clean, adv, teacher, tau, clean_grad=False, adv_grad=False)
+    dtype = compute_dtype(clean, adv, teacher)
+    return CKTATTerms(guidance.to(dtype), consistency.to(dtype))
 
 
 def _reduce(terms: CKTATTerms | Fused, beta: float | Tensor, reduction: str, *logits: Tensor) -> Tensor:

@@ -48,6 +48,13 @@ WRAPPERS = "test_warm_start_wrappers.py"
 MUTATIONS = [
     # The formula.
     Mutation("tau dropped", "closed_form", "(teacher.double() / tau,", "(teacher.double(),", ACCURACY),
+    Mutation(
+        "terms left in float64",
+        "ops",
+        "CKTATTerms(guidance.to(dtype), consistency.to(dtype))",
+        "CKTATTerms(guidance, consistency)",
+        "test_extreme_logits.py::test_results_of_saturated_rows_are_in_the_dtype_of_all_others",
+    ),
     Mutation("tau dropped, few calls", "closed_form", "x[0].div_(tau)\n    p =", "x[0].div_(1)\n    p =", ACCURACY),
     Mutation(
         "tau dropped, without branches",

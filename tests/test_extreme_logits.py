@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cktat_loss import functional
 from tests import oracle
 from tests.forms import FORMS, Form, compiled
 
@@ -31,6 +32,22 @@ def test_saturated_rows(width: int, size: float, dtype: torch.dtype, form: Form)
     for tau, beta in ((1.0, 5.3), (0.7, 0.7), (5.3, 5.3)):
         true = oracle.truth(*logits, tau, beta)
         oracle.assert_right(*form(*logits, tau, beta), true, oracle.TOLERANCES[dtype], note=f"tau {tau}")
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_results_of_saturated_rows_are_in_the_dtype_of_all_others(
+    width: int, dtype: torch.dtype, needs_grad: bool
+) -> None:
+    """Whatever they were computed in."""
+    clean, adv, teacher = (x.to(dtype).requires_grad_(needs_grad) for x in saturated(width, 200.0))
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    for reduction in ("mean", "sum", "none"):
+        assert functional.cktat_loss(clean, adv, teacher, reduction=reduction).dtype == wanted
+    assert {term.dtype for term in functional.cktat_terms(clean, adv, teacher)} == {wanted}
+    loss, d_clean, d_adv = functional.cktat_loss_and_grads(clean.detach(), adv.detach(), teacher)
+    assert (loss.dtype, d_clean.dtype, d_adv.dtype) == (wanted, dtype, dtype)
 
 
 def test_saturated_rows_compiled() -> None:
