@@ -2,7 +2,7 @@
 
     python examples/study.py                                        quick: the methods on digits, some ten minutes
     python examples/study.py --full                                 all of docs/study.md but the test: some hours
-    python examples/study.py --full --dataset cifar10 --arch resnet18 --download       the same on a GPU: days
+    python examples/study.py --full --dataset cifar10 --arch resnet18 --options=--download     on a GPU: days
     python examples/study.py --report                               docs/study.md and its figures from its CSVs
 
 Each run trains a network, attacks it on validation images, and leaves a line in runs.csv; docs/study.md says what for.
@@ -14,13 +14,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from lab import pool, records
 from lab.claims import CLAIMS
-from lab.one_run import arguments, finished, read_test, record_of, train_and_measure
+from lab.one_run import arguments, finished, has_network, read_test, record_of, run_of, train_and_measure
 from lab.report import report
 from lab.runs import METHODS, SETTINGS, Run, grid
 from lab.selection import by_method
@@ -50,7 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
 def train(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
     """All runs that have no record: a teacher for each network and seed, then PGD-AT, then what needs both."""
-    left = [each for each in runs if record_of(each, args.out) is None]
+    lines = {run_of(record).name for record in known(args)[0]}
+    left = [each for each in runs if each.name not in lines and record_of(each, args.out) is None]
+    # What is known has a line here, and no network: that is trained again where another run begins with it.
+    again = {replace(each, method=method) for each in left for method in NEEDED} | (
+        claimed(runs) if args.final else set()
+    )
+    left += [each for each in runs if each in again and each not in left and not has_network(each, args.out)]
     clean = {(each.arch, each.seed): each for each in reversed(left) if each.method == "clean"}  # the first of each
     teachers = [each for each in left if each in clean.values()]
     first = [each for each in left if each.method in NEEDED and each not in teachers]
@@ -60,10 +67,16 @@ def train(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
 
 def final(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
     """The test images, for the runs that a claim is about, each once."""
-    wanted = {(claim.dataset, claim.eps, method) for claim in CLAIMS for method in (claim.better, claim.worse)}
-    found = [(each, record_of(each, args.out)) for each in runs if (each.dataset, each.eps, each.method) in wanted]
+    found = [(each, record_of(each, args.out)) for each in runs if each in claimed(runs)]
     left = [each for each, record in found if record is not None and record.test_natural is None]
     return side_by_side(partial(read_test, autoattack_images=args.autoattack_images), [left], "test", args)
+
+
+def claimed(runs: Sequence[Run]) -> set[Run]:
+    """Those that a claim is about."""
+    about = {(claim.dataset, claim.eps, method) for claim in CLAIMS for method in (claim.better, claim.worse)}
+    own = {dataset: setting.arch for dataset, setting in SETTINGS.items()}
+    return {each for each in runs if each.arch == own[each.dataset] and (each.dataset, each.eps, each.method) in about}
 
 
 def side_by_side(
@@ -78,10 +91,23 @@ def side_by_side(
 
 
 def write(args: argparse.Namespace) -> None:
-    """The CSVs, of all that is done in the folder, by this command and by earlier ones."""
-    done = finished(args.out)
-    records.write(args.out / "runs.csv", [record for record, _ in done], records.Record)
-    records.write(args.out / "curves.csv", [epoch for _, curve in done for epoch in curve], records.Epoch)
+    """The CSVs, of all that is done in the folder, by this command and by earlier ones, and of what is known."""
+    done, (lines, epochs) = finished(args.out), known(args)
+    here = {run_of(record).name for record, _ in done}
+    runs = [record for record, _ in done] + [line for line in lines if run_of(line).name not in here]
+    curves = [epoch for _, curve in done for epoch in curve] + [
+        line for line in epochs if run_of(line).name not in here
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    records.write(args.out / "runs.csv", runs, records.Record)
+    records.write(args.out / "curves.csv", curves, records.Epoch)
+
+
+def known(args: argparse.Namespace) -> tuple[list[records.Record], list[records.Epoch]]:
+    """What --known has: runs and epochs."""
+    if args.known is None:
+        return [], []
+    return records.read_runs(args.known / "runs.csv"), records.read_curves(args.known / "curves.csv")
 
 
 def print_tables(args: argparse.Namespace) -> None:
@@ -147,6 +173,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = Group(parser, "run")
     group.option("--out", Path, Path("out/study"), "folder of the runs and of their CSVs", metavar="FOLDER")
     group.option(
+        "--known",
+        Path,
+        None,
+        "folder with the CSVs of another study, whose runs count as done; docs/study for instance",
+        shown="none",
+        metavar="FOLDER",
+    )
+    group.option(
         "--jobs", Number(int, 1, 1024), None, "runs at a time", shown="the CPU's cores; 1 on a GPU", metavar="N"
     )
     group.option(
@@ -168,6 +202,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.seeds = 5 if args.full else 3
     if args.jobs is None:
         args.jobs = 1 if torch.accelerator.is_available() else len(os.sched_getaffinity(0))
+    if args.known is not None and not (args.known / "runs.csv").is_file():
+        parser.error(f"argument --known: {args.known} has no runs.csv")
     for dataset in args.datasets:  # wrong options are known before hours are spent
         arguments(next(grid("quick", dataset, args.arch, 1)), args.out, args.options)
     return args

@@ -129,6 +129,13 @@ def test_without_mixing_the_weights_are_all_that_is_left(lab, batch, mean_1):
     assert method(**batch, beta=5.3).loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_five_times_pgd_at_is_that(lab, batch, tmp_path):
+    run = lab.runs.Run("digits", "digits", "pgd-at-times-5", 0.2, 0)
+    args, method = lab.one_run.arguments(run, tmp_path, ""), lab.runs.METHODS[run.method]
+    loss = lab.variants.changed(method.change)(args, torch.nn.Linear(5, 5))(**batch, beta=args.beta).loss
+    torch.testing.assert_close(loss, 5 * F.cross_entropy(batch["adv_logits"], batch["y"]))
+
+
 def test_trades_with_the_recipe_moves_the_adversarial_prediction_only(lab, batch):
     method = lab.variants.ChangedTRADES(detach_clean=True, objective="ce")
     batch["clean_logits"].requires_grad_()
@@ -233,6 +240,19 @@ def test_a_study_leaves_a_line_a_run_and_is_never_done_twice(lab, tmp_path):
     assert again.returncode == 0, again.stderr
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
     assert lab.records.read_runs(tmp_path / "runs.csv") == runs
+
+    # Elsewhere, its lines count as done; what another method needs of them is trained again.
+    elsewhere = study(tmp_path / "elsewhere", "--methods", "adaptive", "--known", tmp_path)
+    assert subprocess.run(elsewhere, capture_output=True).returncode == 0
+    assert lab.records.read_runs(tmp_path / "elsewhere/runs.csv") == runs
+    assert lab.records.read_curves(tmp_path / "elsewhere/curves.csv") == curves
+    assert not list((tmp_path / "elsewhere").rglob("last.pt"))
+    more = study(tmp_path / "elsewhere", "--methods", "adaptive,ramp", "--known", tmp_path)
+    assert subprocess.run(more, capture_output=True).returncode == 0
+    merged = lab.records.read_runs(tmp_path / "elsewhere/runs.csv")
+    assert sorted(run.method for run in merged) == ["adaptive", "clean", "pgd-at", "ramp"]
+    assert [run for run in merged if run.method == "adaptive"] == [adaptive]
+    assert not (tmp_path / "elsewhere/digits/digits/adaptive-eps0.2-seed0").exists()
 
 
 def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(lab, tmp_path):

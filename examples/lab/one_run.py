@@ -98,6 +98,16 @@ def record_of(run: Run, root: Path) -> Record | None:
     return _read(root / run.name / RECORD)
 
 
+def run_of(line: Record | Epoch) -> Run:
+    """Whose line it is. A CSV holds six digits of eps: compare names."""
+    return Run(line.dataset, line.arch, line.method, line.eps, line.seed)
+
+
+def has_network(run: Run, root: Path) -> bool:
+    """Whether a run is done in this folder, so that others can begin with its network."""
+    return (root / run.name / RECORD).exists()
+
+
 def finished(root: Path) -> list[tuple[Record, list[Epoch]]]:
     """All that is done in a study's folder: records and curves. A teacher's curve is none: nothing attacks it."""
     done = []

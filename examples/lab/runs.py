@@ -90,12 +90,21 @@ for _beta in BETAS:
 # Sweeps pass through ramp itself.
 del METHODS["ramp-tau5"], METHODS["ramp-beta6"]
 # What the search for a recipe tried, each a single change.
+EVERY = "--no-adaptive-beta --beta 4"  # where nothing is mixed: (1 + 4) times the cross-entropy of every sample
 OURS, AT, WARM = (METHODS[name].options for name in ("adaptive", "pgd-at", "pgd-at-warm"))
 METHODS |= {
     "pgd-at-lr0.03": Method("PGD-AT, a third of the learning rate", f"{AT} --lr 0.03"),
     "pgd-at-lr0.3": Method("PGD-AT, three times the learning rate", f"{AT} --lr 0.3"),
     "pgd-at-longer": Method("PGD-AT for twice the epochs", AT, longer=2),
     "pgd-at-warm-lr0.3": Method("PGD-AT from the teacher's weights, three times the learning rate", f"{WARM} --lr 0.3"),
+    "pgd-at-times-5": Method(
+        "PGD-AT from random weights, its loss times 5",
+        f"{OURS} {EVERY} --no-warm-start",
+        {"one_hot": True, "mixing": False},
+    ),
+    "pgd-at-warm-times-5": Method(
+        "PGD-AT from the teacher's weights, its loss times 5", f"{OURS} {EVERY}", {"one_hot": True, "mixing": False}
+    ),
     "pgd-at-weighted-mean-1": Method(
         "pgd-at-weighted, the weights of a batch divided by their mean",
         OURS,
