@@ -54,6 +54,7 @@ class Method:
 
 
 RAMP = "--recipe literal --detach-clean --beta-ramp 0.4"
+EVERY = "--no-adaptive-beta --beta 4"  # where nothing is mixed: (1 + 4) times the cross-entropy of every sample
 METHODS = {
     "clean": Method("the teacher: cross-entropy on clean images", ""),
     "pgd-at": Method("cross-entropy on adversarial images", "--method pgd-at --no-warm-start"),
@@ -63,7 +64,13 @@ METHODS = {
     "ramp": Method("detach, and beta rises from 0 over 40 % of the epochs", RAMP),
     "adaptive": Method("detach, tau 2, and beta_i = 6 softmax(S(x'))[y]", "--recipe ours"),
     # Controls.
+    "adaptive-cold": Method("adaptive from random weights", "--recipe ours --no-warm-start"),
     "adaptive-one-hot": Method("adaptive with labels in place of the teacher", "--recipe ours", {"one_hot": True}),
+    "pgd-at-times-5": Method(
+        "PGD-AT from random weights, its loss times 5",
+        f"--recipe ours {EVERY} --no-warm-start",
+        {"one_hot": True, "mixing": False},
+    ),
     "pgd-at-warm": Method("PGD-AT from the teacher's weights", "--method pgd-at"),
     "pgd-at-weighted": Method(
         "pgd-at-warm, each sample times 1 + 6 softmax(S(x'))[y]", "--recipe ours", {"one_hot": True, "mixing": False}
@@ -90,18 +97,12 @@ for _beta in BETAS:
 # Sweeps pass through ramp itself.
 del METHODS["ramp-tau5"], METHODS["ramp-beta6"]
 # What the search for a recipe tried, each a single change.
-EVERY = "--no-adaptive-beta --beta 4"  # where nothing is mixed: (1 + 4) times the cross-entropy of every sample
 OURS, AT, WARM = (METHODS[name].options for name in ("adaptive", "pgd-at", "pgd-at-warm"))
 METHODS |= {
     "pgd-at-lr0.03": Method("PGD-AT, a third of the learning rate", f"{AT} --lr 0.03"),
     "pgd-at-lr0.3": Method("PGD-AT, three times the learning rate", f"{AT} --lr 0.3"),
     "pgd-at-longer": Method("PGD-AT for twice the epochs", AT, longer=2),
     "pgd-at-warm-lr0.3": Method("PGD-AT from the teacher's weights, three times the learning rate", f"{WARM} --lr 0.3"),
-    "pgd-at-times-5": Method(
-        "PGD-AT from random weights, its loss times 5",
-        f"{OURS} {EVERY} --no-warm-start",
-        {"one_hot": True, "mixing": False},
-    ),
     "pgd-at-warm-times-5": Method(
         "PGD-AT from the teacher's weights, its loss times 5", f"{OURS} {EVERY}", {"one_hot": True, "mixing": False}
     ),
@@ -114,7 +115,6 @@ METHODS |= {
     "adaptive-lr0.03": Method("a third of the learning rate", f"{OURS} --lr 0.03"),
     "adaptive-lr0.3": Method("three times the learning rate", f"{OURS} --lr 0.3"),
     "adaptive-normalized": Method("each sample's loss divided by 1 + beta_i", OURS, {"normalized": True}),
-    "adaptive-cold": Method("random weights at the start", f"{OURS} --no-warm-start"),
     "adaptive-tau1": Method("the teacher as it is, tau 1", f"{OURS} --tau 1"),
     "adaptive-tau5": Method("a softer teacher, tau 5", f"{OURS} --tau 5"),
     "adaptive-beta2": Method("beta_i = 2 softmax(S(x'))[y]", f"{OURS} --beta 2"),
@@ -128,7 +128,14 @@ METHODS |= {
 }
 
 MAIN = ("clean", "pgd-at", "trades", "literal", "detach", "ramp", "adaptive")
-CONTROLS = ("adaptive-one-hot", "pgd-at-warm", "pgd-at-weighted", "trades-recipe")
+CONTROLS = (
+    "adaptive-cold",
+    "adaptive-one-hot",
+    "pgd-at-times-5",
+    "pgd-at-warm",
+    "pgd-at-weighted",
+    "trades-recipe",
+)
 ABLATION = ("ramp", "ramp-cold", "ramp-no-guidance", "ramp-beta0")
 TAU_SWEEP = tuple("ramp" if tau == 5 else f"ramp-tau{tau}" for tau in TAUS)
 BETA_SWEEP = tuple("ramp" if beta == 6 else f"ramp-beta{beta}" for beta in BETAS)
