@@ -126,12 +126,18 @@ def test_without_mixing_the_weights_are_all_that_is_left(lab, batch, mean_1):
     weights = torch.stack([1 + 5.3 * a[i, y[i]] for i in range(7)])
     total = sum(-weights[i] * a[i, y[i]].log() for i in range(7)) / 7
     wanted = total / weights.mean() if mean_1 else total
-    assert method(**batch, beta=5.3).loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert not method.clean_forward  # as in PGD-AT: BatchNorm sees adversarial images alone
+    for clean_logits in (None, batch["clean_logits"]):
+        loss = method(**{**batch, "clean_logits": clean_logits}, beta=5.3).loss
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert lab.variants.ChangedCKTAT(CKTATLoss(None), adaptive=True, mixing=False, shared=True).clean_forward
+    assert lab.variants.ChangedCKTAT(CKTATLoss(None), adaptive=True, one_hot=True).clean_forward
 
 
 def test_five_times_pgd_at_is_that(lab, batch, tmp_path):
     run = lab.runs.Run("digits", "digits", "pgd-at-times-5", 0.2, 0)
     args, method = lab.one_run.arguments(run, tmp_path, ""), lab.runs.METHODS[run.method]
+    batch["clean_logits"] = None
     loss = lab.variants.changed(method.change)(args, torch.nn.Linear(5, 5))(**batch, beta=args.beta).loss
     torch.testing.assert_close(loss, 5 * F.cross_entropy(batch["adv_logits"], batch["y"]))
 

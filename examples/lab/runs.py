@@ -75,6 +75,11 @@ METHODS = {
     "pgd-at-weighted": Method(
         "pgd-at-warm, each sample times 1 + 6 softmax(S(x'))[y]", "--recipe ours", {"one_hot": True, "mixing": False}
     ),
+    "pgd-at-weighted-shared": Method(
+        "pgd-at-weighted, and BatchNorm sees the clean images too, as in adaptive",
+        "--recipe ours",
+        {"one_hot": True, "mixing": False, "shared": True},
+    ),
     "trades-recipe": Method(
         "TRADES with ramp's recipe: warm start, detach, ramp, attack on the cross-entropy",
         "--method trades --beta-ramp 0.4",
@@ -134,6 +139,7 @@ CONTROLS = (
     "pgd-at-times-5",
     "pgd-at-warm",
     "pgd-at-weighted",
+    "pgd-at-weighted-shared",
     "trades-recipe",
 )
 ABLATION = ("ramp", "ramp-cold", "ramp-no-guidance", "ramp-beta0")

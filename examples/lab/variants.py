@@ -21,6 +21,7 @@ class ChangedCKTAT(CKTAT):
         normalized: divide the loss of each sample by 1 + beta_i, so that beta says where to go and not how fast. With
             S(x) detached, both terms together are (1 + beta_i) times the KL from one mixture of their targets.
         mixing: False leaves the consistency term out and keeps its weight: (1 + beta_i) times the guidance.
+        shared: without mixing too, compute S(x), so that BatchNorm sees clean and adversarial images together.
         mean_1: divide the loss of a batch by the mean of 1 + beta_i: samples differ in weight, and no step is longer.
         clean_guidance: weight of KL(softmax(T(x)/tau) || softmax(S(x))): the teacher anchors S(x) too.
         label: weight of the cross-entropy CE(S(x'), y): the teacher's mistakes are not all that is learned.
@@ -31,20 +32,28 @@ class ChangedCKTAT(CKTAT):
     one_hot: bool = False
     normalized: bool = False
     mixing: bool = True
+    shared: bool = False
     mean_1: bool = False
     clean_guidance: float = 0.0
     label: float = 0.0
     logit_penalty: float = 0.0
     objective: Objective = "ce"
 
+    @property
+    def clean_forward(self) -> bool:
+        """Whether S(x) is computed, which BatchNorm sees too."""
+        return self.mixing or self.shared or self.clean_guidance > 0
+
     def __call__(
-        self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: Tensor, y: Tensor, beta: float
+        self, *, clean_logits: Tensor | None, adv_logits: Tensor, teacher_logits: Tensor, y: Tensor, beta: float
     ) -> Terms:
         if self.one_hot:
             # At any tau: the other classes' logits are far enough below to have probability zero.
-            teacher_logits = torch.zeros_like(adv_logits).scatter(1, y[:, None], 1e6)
+            teacher_logits = torch.zeros_like(adv_logits, dtype=torch.float32).scatter(1, y[:, None], 1e6)
         guidance, consistency = self.criterion.terms(
-            clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits
+            clean_logits=adv_logits if clean_logits is None else clean_logits,
+            adv_logits=adv_logits,
+            teacher_logits=teacher_logits,
         )
         weights = self.weights(adv_logits, y, beta)
         per_sample = weights * (consistency if self.mixing else guidance) + (guidance if self.guidance else 0)
