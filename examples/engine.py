@@ -163,9 +163,8 @@ class Trainer:
                 started = time.perf_counter()
                 scores = self.validate(self.evaluated, attack) if self.ranks.rank == 0 else None
                 self._leave_if_asked()
-                self._end_epoch(scores, settings, time.perf_counter() - started)
+                self._end_epoch(scores, settings, time.perf_counter() - started, log)
                 if log is not None:
-                    log.write(self.history)
                     tqdm.write(line(self.history[-1], self.args.epochs))
                     if why := collapse(scores, chance, teacher_clean):
                         tqdm.write(f"warning: epoch {self.epoch}: {why}: this may be a collapse")
@@ -199,7 +198,9 @@ class Trainer:
         batches = self._batches(self.data.validation, train=False)
         return validate(model, batches, attack, self.device, stop=lambda: self.termination.asked)
 
-    def _end_epoch(self, scores: Scores | None, settings: Callable[[float], Settings], seconds: float) -> None:
+    def _end_epoch(
+        self, scores: Scores | None, settings: Callable[[float], Settings], seconds: float, log: Logbook | None
+    ) -> None:
         self._take_seconds()
         sums = self.ranks.gather(self.sums.cpu())
         last = self._progress(self.steps - 1)
@@ -222,6 +223,8 @@ class Trainer:
         if scores is not None and scores.deciding > self.best:
             self.best = scores.deciding
             checkpoint.save(self.args.out / "best.pt", self._usable())
+        if log is not None:
+            log.write(self.history)  # before the checkpoint: a run that stops between the two writes it again
         self._save()
 
     @property

@@ -18,27 +18,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from lab import pool, records
 from lab.claims import CLAIMS
-from lab.one_run import arguments, finished, has_network, read_test, record_of, run_of, train_and_measure
+from lab.one_run import NEEDED, arguments, finished, read_test, record_of, run_of, told, train_and_measure
 from lab.report import report
 from lab.runs import METHODS, SETTINGS, Run, grid
 from lab.selection import by_method
 from lab.tables import agreement, main_table
-from options import Group, Number, manual
+from options import Group, Number, UserError, manual
 
-NEEDED = ("clean", "pgd-at")  # by the other methods: their teacher, and whose adversarial images they are shown
-RESULTS = Path(__file__).parents[1] / "docs" / "study"
+CSVS = ("runs.csv", "curves.csv")
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "study"
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
     failed = {}
     for dataset in args.datasets:
-        runs = list(grid("full" if args.full else "quick", dataset, args.arch, args.seeds))
-        if args.methods:
-            runs = [each for each in runs if each.method in {*args.methods, *NEEDED}]
+        runs = chosen(dataset, args)
         failed |= train(runs, args)
         if args.final:
             failed |= final(runs, args)
@@ -49,20 +46,46 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def chosen(dataset: str, args: argparse.Namespace) -> list[Run]:
+    """The runs of a data set that were asked for."""
+    runs = grid("full" if args.full else "quick", dataset, args.arch, args.seeds)
+    return [each for each in runs if not args.methods or each.method in {*args.methods, *NEEDED}]
+
+
 def train(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
     """All runs that have no record: a teacher for each network and seed, then PGD-AT, then what needs both."""
-    lines = {run_of(record).name for record in known(args)[0]}
-    left = [each for each in runs if each.name not in lines and record_of(each, args.out) is None]
-    # What is known has a line here, and no network: that is trained again where another run begins with it.
-    again = {replace(each, method=method) for each in left for method in NEEDED} | (
-        claimed(runs) if args.final else set()
-    )
-    left += [each for each in runs if each in again and each not in left and not has_network(each, args.out)]
+    lines = {run_of(record).name: record for record in known(args)[0]}
+    left = []
+    for each in runs:
+        record = record_of(each, args.out)
+        done = same(each, record or lines.get(each.name), args)
+        # What is only known has a line here, and no network for the test images.
+        if not done or (record is None and args.final and each in claimed(runs)):
+            left.append(each)
+    again = {replace(each, method=method) for each in left for method in NEEDED}
+    left += [each for each in runs if each in again and each not in left and record_of(each, args.out) is None]
     clean = {(each.arch, each.seed): each for each in reversed(left) if each.method == "clean"}  # the first of each
     teachers = [each for each in left if each in clean.values()]
     first = [each for each in left if each.method in NEEDED and each not in teachers]
     rest = [each for each in left if each.method not in NEEDED]
     return side_by_side(train_and_measure, [teachers, first, rest], "train", args)
+
+
+def same(run: Run, record: records.Record | None, args: argparse.Namespace) -> bool:
+    """Whether the record is the run's.
+
+    Raises:
+        UserError: it is one of a run with the same name and other options.
+    """
+    if record is None:
+        return False
+    for name, value in told(run, args.options).items():
+        if getattr(record, name) != value:
+            raise UserError(
+                f"{run.name} is there already, with {name} {getattr(record, name)!r} and not {value!r}: "
+                "give the options that it was made with, or another --out"
+            )
+    return True
 
 
 def final(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
@@ -116,16 +139,16 @@ def print_tables(args: argparse.Namespace) -> None:
     there = records.read_runs(RESULTS / "runs.csv") if (RESULTS / "runs.csv").exists() else []
     for dataset in args.datasets:
         for eps in SETTINGS[dataset].eps:
-            if by_method(here, dataset, eps):
-                print(f"\n{dataset}, eps {eps:g}, validation images\n\n{main_table(here, dataset, eps)}")
-                print(agreement(here, there, dataset, eps))
+            if by_method(here, dataset, eps, args.arch):
+                print(f"\n{dataset}, eps {eps:g}, validation images\n\n{main_table(here, dataset, eps, args.arch)}")
+                print(agreement(here, there, dataset, eps, args.arch))
 
 
 def publish(folder: Path) -> None:
     """Make the CSVs of a study those of docs/study.md."""
     RESULTS.mkdir(exist_ok=True)
-    for name in ("runs.csv", "curves.csv"):
-        if folder != RESULTS:
+    for name in CSVS:
+        if folder.resolve() != RESULTS:
             shutil.copy(folder / name, RESULTS / name)
     for path in report(RESULTS / "runs.csv", RESULTS / "curves.csv", RESULTS):
         print(f"saved {path}")
@@ -200,12 +223,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.datasets = [args.dataset] if args.dataset else ["digits", "mnist5k"] if args.full else ["digits"]
     if args.seeds is None:
         args.seeds = 5 if args.full else 3
+    if args.known is not None and not all((args.known / name).is_file() for name in CSVS):
+        parser.error(f"argument --known: {args.known} must have {' and '.join(CSVS)}")
+    if args.final and not CLAIMS:
+        parser.error("argument --final: lab/claims.py has no claims, for which the test images are kept")
+    args.out = (
+        args.out.resolve()
+    )  # runs name their teachers by it, and would not go on if it were spelled in another way
+    runs = [each for dataset in args.datasets for each in chosen(dataset, args)]
+    devices = {arguments(each, args.out, args.options).device.type for each in runs}  # wrong options are known at once
     if args.jobs is None:
-        args.jobs = 1 if torch.accelerator.is_available() else len(os.sched_getaffinity(0))
-    if args.known is not None and not (args.known / "runs.csv").is_file():
-        parser.error(f"argument --known: {args.known} has no runs.csv")
-    for dataset in args.datasets:  # wrong options are known before hours are spent
-        arguments(next(grid("quick", dataset, args.arch, 1)), args.out, args.options)
+        args.jobs = (os.cpu_count() or 1) if devices == {"cpu"} else 1
     return args
 
 
@@ -216,6 +244,9 @@ def main(argv: list[str] | None = None) -> int:
             publish(args.report)
             return 0
         return run(args)
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on", file=sys.stderr)
         return 130

@@ -127,7 +127,7 @@ def test_the_log_times_every_phase_and_the_teacher_with_cktat_only(examples, tra
 
 
 def test_the_log_has_percentiles_of_the_labels_probability_under_attack(examples, train):
-    state, rows = train("--split-seed", "7")
+    state, rows = train("--split-seed", "7", "--method", "pgd-at", with_teacher=False)
     assert state["split_seed"] == 7
     images = examples.engine.load("digits", Path(), download=False, seed=7, validation=40).validation
     x, y = torch.utils.data.default_collate([images[i] for i in range(40)])
@@ -141,6 +141,12 @@ def test_the_log_has_percentiles_of_the_labels_probability_under_attack(examples
     wanted = np.percentile(found, [5, 25, 50, 75, 95])
     logged = [rows[0][name] for name in examples.logbook.LABEL_PROBABILITY]
     assert logged == pytest.approx(wanted.tolist(), rel=1e-3)
+
+
+def test_a_teacher_of_another_split_is_refused(examples, teacher, tmp_path, capsys):
+    given = ["--teacher", str(teacher), "--split-seed", "7", "--out", str(tmp_path)]
+    assert examples.train_cktat.main([*DIGITS, *SHORT, *given]) == 2
+    assert "best.pt has 0, got 7: it has seen images held out here" in capsys.readouterr().err
 
 
 def test_fake_data_and_a_wide_resnet_go_through_both_phases(examples, tmp_path):

@@ -14,6 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import checkpoint
 import torch
 import train_cktat
 import train_clean
@@ -22,6 +23,7 @@ from distributed import Ranks
 from engine import launch, open_data
 from logbook import LABEL_PROBABILITY, Row, read
 from models import from_checkpoint
+from torch import nn
 
 from lab import measure
 from lab.pool import Stopped
@@ -30,6 +32,7 @@ from lab.runs import METHODS, SETTINGS, SPLIT_SEED, Run
 from lab.variants import changed
 
 RECORD, NETWORK = "record.json", "last.pt"
+NEEDED = ("clean", "pgd-at")  # by all other methods: their teacher, and whose adversarial images they are shown
 
 
 class Failed(Exception):
@@ -51,21 +54,19 @@ def train_and_measure(run: Run, root: Path, extra: str) -> None:
     """
     folder, args = root / run.name, arguments(run, root, extra)
     with _into(folder / "output.txt"):
-        _train(run, args, shlex.split(extra))
+        if run.method != "clean":
+            trained(replace(run, method="clean"), root)
+        _train(run, root, extra)
         started = time.perf_counter()
-        network = from_checkpoint(_network(run, root)).to(args.device)
+        network = trained(run, root).to(args.device)
         source = None
-        if run.method not in ("clean", "pgd-at"):
-            source = from_checkpoint(_network(replace(run, method="pgd-at"), root)).to(args.device)
+        if run.method not in NEEDED:
+            source = trained(replace(run, method="pgd-at"), root).to(args.device)
         images = open_data(args, Ranks(args.device)).validation
         measured = measure.on_validation(network, images, run.eps, source)
-    method = METHODS[run.method]
-    changes = ", ".join(f"{name}={value}" for name, value in method.change.items())
     record = Record(
         **asdict(run),
-        options=" | ".join(filter(None, (f"{method.options} {extra}".strip(), changes))),
-        split_seed=args.split_seed,
-        epochs=args.epochs,
+        **told(run, extra),
         **measured,
         test_natural=None,
         test_pgd20=None,
@@ -87,10 +88,31 @@ def read_test(run: Run, root: Path, extra: str, autoattack_images: int) -> None:
     """Add to the record of a finished run what the test images say: the final read."""
     folder, args = root / run.name, arguments(run, root, extra)
     with _into(folder / "output.txt"):
-        network = from_checkpoint(_network(run, root)).to(args.device)
+        network = trained(run, root).to(args.device)
         images = open_data(args, Ranks(args.device)).test
         measured = measure.on_test(network, images, run.eps, autoattack_images)
     _save(folder, replace(record_of(run, root), **measured))
+
+
+def trained(run: Run, root: Path) -> nn.Module:
+    """The network of a run.
+
+    Raises:
+        Failed: it has not been trained to the end, or not at all: what began with it would be another experiment.
+    """
+    path = _network(run, root)
+    state = checkpoint.load(path) if path.exists() else {"epoch": 0, "config": {"epochs": None}}
+    if state["epoch"] != state["config"]["epochs"]:
+        raise Failed(f"{run.name} is not trained to the end")
+    return from_checkpoint(path)
+
+
+def told(run: Run, extra: str) -> dict[str, str | int]:
+    """What a run is told, beside its name: of two runs with one name, whether they are the same."""
+    method, args = METHODS[run.method], arguments(run, Path(), extra)
+    changes = ", ".join(f"{name}={value}" for name, value in method.change.items())
+    options = " | ".join(filter(None, (f"{method.options} {extra}".strip(), changes)))
+    return {"options": options, "split_seed": args.split_seed, "epochs": args.epochs}
 
 
 def record_of(run: Run, root: Path) -> Record | None:
@@ -101,11 +123,6 @@ def record_of(run: Run, root: Path) -> Record | None:
 def run_of(line: Record | Epoch) -> Run:
     """Whose line it is. A CSV holds six digits of eps: compare names."""
     return Run(line.dataset, line.arch, line.method, line.eps, line.seed)
-
-
-def has_network(run: Run, root: Path) -> bool:
-    """Whether a run is done in this folder, so that others can begin with its network."""
-    return (root / run.name / RECORD).exists()
 
 
 def finished(root: Path) -> list[tuple[Record, list[Epoch]]]:
@@ -125,14 +142,14 @@ def _epoch(record: Record, row: Row) -> Epoch:
 
 
 def arguments(run: Run, root: Path, extra: str) -> argparse.Namespace:
-    """The options of train_cktat.py for a run."""
-    method, teacher = METHODS[run.method], replace(run, method="clean")
-    argv = [
-        *_common(run), "--epochs", str(SETTINGS[run.dataset].epochs * method.longer), "--eps", str(run.eps),
-        "--teacher", str(_network(teacher, root)), "--out", str(_network(run, root).parent), "--apgd-check", "0",
-        *shlex.split(method.options), *shlex.split(extra),
-    ]  # fmt: skip
-    return train_cktat.parse_args(argv)
+    """The options of the command that trains it; it leaves with a message where one is not to be had."""
+    setting, method, folder = SETTINGS[run.dataset], METHODS[run.method], _network(run, root).parent
+    argv = [*_common(run), "--out", str(folder), "--epochs"]
+    if run.method == "clean":
+        return train_clean.parse_args([*argv, str(setting.teacher_epochs), *shlex.split(extra)])
+    teacher = _network(replace(run, method="clean"), root)
+    argv += [str(setting.epochs * method.longer), "--eps", str(run.eps), "--teacher", str(teacher), "--apgd-check", "0"]
+    return train_cktat.parse_args([*argv, *shlex.split(method.options), *shlex.split(extra)])
 
 
 def _common(run: Run) -> list[str]:
@@ -143,14 +160,12 @@ def _common(run: Run) -> list[str]:
     ]  # fmt: skip
 
 
-def _train(run: Run, args: argparse.Namespace, extra: list[str]) -> None:
+def _train(run: Run, root: Path, extra: str) -> None:
+    args = arguments(run, root, extra)
     if run.method == "clean":
-        setting = SETTINGS[run.dataset]
-        argv = [*_common(run), "--epochs", str(setting.teacher_epochs), "--out", str(args.out), *extra]
-        code = train_clean.main(argv)
+        code = launch(train_clean.run, args)
     else:
-        new_method = changed(METHODS[run.method].change)
-        code = launch(partial(train_cktat.run, new_method=new_method), args)
+        code = launch(partial(train_cktat.run, new_method=changed(METHODS[run.method].change)), args)
     if code == 128 + signal.SIGTERM:
         raise Stopped
     if code:

@@ -101,9 +101,9 @@ def methods_table(records: Iterable[Record]) -> str:
     return markdown(["method", "what it is", "options"], lines)
 
 
-def main_table(records: Sequence[Record], dataset: str, eps: float) -> str:
+def main_table(records: Sequence[Record], dataset: str, eps: float, arch: str | None = None) -> str:
     """A line a method: accuracies on the validation images, then the signs of gradient masking."""
-    found = by_method(records, dataset, eps)
+    found = by_method(records, dataset, eps, arch)
     gaps = (("pgd20", "apgd"), ("cw30", "apgd"), ("transfer", "apgd"))
     lines = [
         [
@@ -149,7 +149,9 @@ def search_table(records: Sequence[Record], dataset: str) -> str:
     here = [record for of in found.values() for record in of]
     lines = []
     for method in (m for m in runs.SEARCH if m in found):
-        base = BASELINE if method.startswith(BASELINE) else "adaptive"
+        base = next(
+            name for name in ("pgd-at-warm", "pgd-at-weighted", BASELINE, "adaptive") if method.startswith(name)
+        )
         changes = [paired_differences(here, method, base, measure) for measure in ("natural", "apgd")]
         cells = [signed(mean(of)) if of else "-" for of in changes]
         gap = points(found[method], "pgd20", "apgd")
@@ -250,7 +252,9 @@ def compact_table(records: Sequence[Record]) -> str:
     return markdown(["accuracy in %", *(head for head, _, _ in columns), "seeds"], lines)
 
 
-def agreement(here: Sequence[Record], there: Sequence[Record], dataset: str, eps: float) -> str:
+def agreement(
+    here: Sequence[Record], there: Sequence[Record], dataset: str, eps: float, arch: str | None = None
+) -> str:
     """Where the runs of one study have other numbers than the same runs of another, docs/study.md's; a line a method.
 
     The same seed on another processor rounds differently, and training makes another network of that: the differences
@@ -261,7 +265,7 @@ def agreement(here: Sequence[Record], there: Sequence[Record], dataset: str, eps
         return record.method, record.arch, record.seed, record.options, record.epochs, record.split_seed
 
     ours, theirs = (
-        {key(record): record for of in by_method(records, dataset, eps).values() for record in of}
+        {key(record): record for of in by_method(records, dataset, eps, arch).values() for record in of}
         for records in (here, there)
     )
     both = [(ours[run], theirs[run]) for run in ours if run in theirs]
