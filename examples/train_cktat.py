@@ -136,7 +136,7 @@ def open_teacher(args: argparse.Namespace, data: Data) -> nn.Module:
             for name, of_teacher, of_data in facts:
                 if of_teacher != of_data:
                     raise UserError(f"--teacher: {path} has {name} {of_teacher}, but {args.dataset} has {of_data}")
-            if saved["dataset"] == args.dataset and (split := saved.get("split_seed", 0)) != args.split_seed:
+            if saved.get("dataset") == args.dataset and (split := saved.get("split_seed", 0)) != args.split_seed:
                 raise UserError(
                     f"--split-seed: {path} has {split}, got {args.split_seed}: it has seen images held out here"
                 )

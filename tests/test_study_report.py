@@ -218,7 +218,7 @@ def test_a_search_is_measured_against_what_it_changed(lab) -> None:
         *seeds(lab, "pgd-at", [0.60, 0.61]),
         *seeds(lab, "adaptive-tau1", [0.71, 0.75]),
         *seeds(lab, "pgd-at-lr0.3", [0.5, 0.51], natural=0.1),
-        *seeds(lab, "adaptive-cold", [0.5], dataset="mnist5k", eps=0.3),
+        *seeds(lab, "adaptive-ema", [0.5], dataset="mnist5k", eps=0.3),
     ]
     _, *lines = cells(lab.tables.search_table(records, "digits"))
     about = {method: lab.runs.METHODS[method].about for method in lab.runs.SEARCH}
