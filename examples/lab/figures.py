@@ -48,7 +48,7 @@ def trade_off(records: Sequence[Record]) -> Figure | None:
     """Natural against robust accuracy, a panel a data set, a point a method; the bars are ±1 sd over seeds.
 
     On the test images where all methods of a data set have been read there, else on the validation images: the axes
-    say which. Methods with less than half of the best in either are named in a line under the panel.
+    say which. Methods of which a run has less than half of the best mean in either are named in a line under the panel.
     """
     panels = {}
     for dataset, setting in runs.SETTINGS.items():
@@ -65,7 +65,9 @@ def trade_off(records: Sequence[Record]) -> Figure | None:
         points = {method: [values(of, measure) for measure in measures] for method, of in shown.items()}
         # They would squeeze all others into a corner.
         half = [max(mean(xy[i]) for xy in points.values()) / 2 for i in (0, 1)]
-        outside = {m: xy for m, xy in points.items() if mean(xy[0]) < half[0] or mean(xy[1]) < half[1]}
+        outside = {
+            m: xy for m, xy in points.items() if any(min(of) < of_best for of, of_best in zip(xy, half, strict=True))
+        }
         for method, (x, y) in points.items():
             if method not in outside:
                 fill = "white" if method in runs.CONTROLS else None
