@@ -27,7 +27,7 @@ import torch
 from attacks import Attack, Budget, Norm, autoattack, cw_attack, pgd_attack
 from data import DATASETS, Data, MissingData, Sample, load, loader
 from diagnostics import Finding, inspect_budget, inspect_model, inspect_results
-from options import Group, Number, UserError, device_name, fraction, manual
+from options import Group, Names, Number, UserError, device_name, fraction, manual
 from pgd import EPS
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
@@ -215,14 +215,6 @@ def load_model(name: str, *, ema: bool) -> tuple[nn.Module, str | None, int]:
     return model, None, 0
 
 
-def attack_names(text: str) -> tuple[str, ...]:
-    """An argparse type: names of attacks, separated by commas."""
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in ATTACKS]:
-        raise argparse.ArgumentTypeError(f"got {unknown[0]!r}, wanted some of {','.join(ATTACKS)}")
-    return names
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All options, checked."""
     parser = manual(__doc__, operands="CHECKPOINT")
@@ -238,7 +230,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = Group(parser, "attacks")
     group.option(
         "--attacks",
-        attack_names,
+        Names(ATTACKS),
         STANDARD,
         "separated by commas; clean is always there; apgd is AutoAttack without FAB-T and Square",
         shown=",".join(STANDARD),

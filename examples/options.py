@@ -32,6 +32,19 @@ class Number:
         return value
 
 
+class Names:
+    """An argparse type: some of these names, separated by commas; else an error that says so."""
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.known = tuple(known)
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := [name for name in names if name not in self.known]:
+            raise argparse.ArgumentTypeError(f"got {unknown[0]!r}, wanted some of {','.join(self.known)}")
+        return names
+
+
 def fraction(text: str) -> float:
     """A number, or two with a slash between them, as eps is usually written: 8/255."""
     try:

@@ -25,7 +25,7 @@ from lab.report import report
 from lab.runs import METHODS, SETTINGS, Run, grid
 from lab.selection import by_method
 from lab.tables import agreement, main_table
-from options import Group, Number, UserError, manual
+from options import Group, Names, Number, UserError, manual
 
 CSVS = ("runs.csv", "curves.csv")
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "study"
@@ -55,12 +55,13 @@ def chosen(dataset: str, args: argparse.Namespace) -> list[Run]:
 def train(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
     """All runs that have no record: a teacher for each network and seed, then PGD-AT, then what needs both."""
     lines = {run_of(record).name: record for record in known(args)[0]}
+    to_read = claimed(runs) if args.final else set()
     left = []
     for each in runs:
         record = record_of(each, args.out)
         done = same(each, record or lines.get(each.name), args)
         # What is only known has a line here, and no network for the test images.
-        if not done or (record is None and args.final and each in claimed(runs)):
+        if not done or (record is None and each in to_read):
             left.append(each)
     again = {replace(each, method=method) for each in left for method in NEEDED}
     left += [each for each in runs if each in again and each not in left and record_of(each, args.out) is None]
@@ -90,7 +91,8 @@ def same(run: Run, record: records.Record | None, args: argparse.Namespace) -> b
 
 def final(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
     """The test images, for the runs that a claim is about, each once."""
-    found = [(each, record_of(each, args.out)) for each in runs if each in claimed(runs)]
+    to_read = claimed(runs)
+    found = [(each, record_of(each, args.out)) for each in runs if each in to_read]
     left = [each for each, record in found if record is not None and record.test_natural is None]
     return side_by_side(partial(read_test, autoattack_images=args.autoattack_images), [left], "test", args)
 
@@ -154,14 +156,6 @@ def publish(folder: Path) -> None:
         print(f"saved {path}")
 
 
-def method_names(text: str) -> tuple[str, ...]:
-    """An argparse type: names of methods, separated by commas."""
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in METHODS]:
-        raise argparse.ArgumentTypeError(f"got {unknown[0]!r}, wanted some of {','.join(METHODS)}")
-    return names
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All options, checked."""
     parser = manual(__doc__)
@@ -173,7 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.option("--arch", str, None, "network", shown="the data set's: digits, or resnet18", metavar="NAME")
     group.option(
         "--methods",
-        method_names,
+        Names(METHODS),
         None,
         f"only these, separated by commas, and {' and '.join(NEEDED)}, which they need",
         shown="all of the profile's",
