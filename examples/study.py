@@ -18,9 +18,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from data import MissingData
 from lab import pool, records
 from lab.claims import CLAIMS
-from lab.one_run import NEEDED, arguments, finished, read_test, record_of, run_of, told, train_and_measure
+from lab.one_run import NEEDED, arguments, find_data, finished, read_test, record_of, run_of, told, train_and_measure
 from lab.report import report
 from lab.runs import METHODS, SETTINGS, Run, grid
 from lab.selection import by_method
@@ -34,8 +35,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs" / "study"
 def run(args: argparse.Namespace) -> int:
     """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
     failed = {}
-    for dataset in args.datasets:
-        runs = chosen(dataset, args)
+    grids = {dataset: chosen(dataset, args) for dataset in args.datasets}
+    for runs in grids.values():
+        find_data(runs[0], args.options)
+    for runs in grids.values():
         failed |= train(runs, args)
         if args.final:
             failed |= final(runs, args)
@@ -217,8 +220,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.datasets = [args.dataset] if args.dataset else ["digits", "mnist5k"] if args.full else ["digits"]
     if args.seeds is None:
         args.seeds = 5 if args.full else 3
-    if args.known is not None and not all((args.known / name).is_file() for name in CSVS):
-        parser.error(f"argument --known: {args.known} must have {' and '.join(CSVS)}")
+    for option, folder in (("--known", args.known), ("--report", args.report)):
+        if folder is not None and not all((folder / name).is_file() for name in CSVS):
+            parser.error(f"argument {option}: {folder} must have {' and '.join(CSVS)}")
     if args.final and not CLAIMS:
         parser.error("argument --final: lab/claims.py has no claims, for which the test images are kept")
     args.out = (
@@ -238,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             publish(args.report)
             return 0
         return run(args)
-    except (UserError, ValueError) as error:
+    except (UserError, MissingData, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

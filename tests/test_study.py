@@ -275,6 +275,16 @@ def test_what_is_known_is_trained_again_only_where_its_network_is_needed(lab, tm
     assert [[run.method for run in stage] for stage in stages[1]] == [["clean"], ["pgd-at"], ["adaptive"]]
 
 
+def test_missing_images_are_told_once_and_before_anything_is_run(lab, tmp_path, stages, capsys):
+    out = tmp_path / "out"
+    assert (
+        lab.study.main(["--dataset", "cifar10", "--seeds", "1", "--out", str(out), f"--options=--data {tmp_path}"]) == 2
+    )
+    assert capsys.readouterr().err.startswith(f"error: CIFAR10 is missing or damaged in {tmp_path}: add --download")
+    assert not stages
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_run_with_other_options_is_not_taken_for_this_one(lab, tmp_path, stages, capsys, elsewhere):
     run = lab.runs.Run("digits", "digits", "ramp", 0.2, 0)
@@ -393,12 +403,14 @@ def test_a_failed_run_is_named_and_stops_no_other(lab, tmp_path):
         (["--jobs", "0"], "wanted a whole number in [1, 1024]"),
         (["--options=--lr x"], "--lr: got 'x'"),
         (["--options=--steps 7"], "unrecognized arguments: --steps 7"),  # of train_cktat.py, but not of a teacher's
-        (["--known", "nowhere"], "nowhere must have runs.csv and curves.csv"),
+        (["--known", "nowhere"], "argument --known: nowhere must have runs.csv and curves.csv"),
+        (["--report", "nowhere"], "argument --report: nowhere must have runs.csv and curves.csv"),
         (["--final"], "lab/claims.py has no claims"),
         (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     ],
 )
-def test_bad_options_are_refused_before_anything_is_run(lab, tmp_path, capsys, options, message):
+def test_bad_options_are_refused_before_anything_is_run(lab, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(lab.study, "CLAIMS", ())
     with pytest.raises(SystemExit) as stopped:
         lab.study.main(["--out", str(tmp_path / "none"), *options])
     assert stopped.value.code == 2

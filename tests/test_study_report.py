@@ -217,14 +217,18 @@ def test_a_search_is_measured_against_what_it_changed(lab) -> None:
         *seeds(lab, "adaptive", [0.70, 0.72, 0.99]),
         *seeds(lab, "pgd-at", [0.60, 0.61]),
         *seeds(lab, "adaptive-tau1", [0.71, 0.75]),
-        *seeds(lab, "pgd-at-lr0.3", [0.5, 0.51], natural=0.1),
+        *seeds(lab, "adaptive-cold-longer", [0.8]),
+        *seeds(lab, "adaptive-cold", [0.6]),
+        *seeds(lab, "pgd-at-lr0.03", [0.5, 0.51], natural=0.1),
         *seeds(lab, "adaptive-ema", [0.5], dataset="mnist5k", eps=0.3),
     ]
     _, *lines = cells(lab.tables.search_table(records, "digits"))
     about = {method: lab.runs.METHODS[method].about for method in lab.runs.SEARCH}
-    (at, tau1) = lines
-    assert at[:2] == ["pgd-at-lr0.3 (collapsed)", about["pgd-at-lr0.3"]]
+    at, cold, tau1 = lines
+    assert at[:2] == ["pgd-at-lr0.03 (collapsed)", about["pgd-at-lr0.03"]]
     assert at[4:] == ["pgd-at", "−80.0", "−10.0", "+5.0", "2"]
+    assert cold[0] == "adaptive-cold-longer"
+    assert cold[4:7] == ["adaptive-cold", "0.0", "+20.0"]
     assert tau1[:2] == ["adaptive-tau1", about["adaptive-tau1"]]
     assert tau1[2:] == ["90.1 ± 0.1", "73.0 ± 2.8", "adaptive", "0.0", "+2.0", "+5.0", "2"]
     assert cells(lab.tables.search_table(records, "mnist5k"))[1][4:7] == ["adaptive", "-", "-"]
@@ -396,10 +400,11 @@ def test_trade_off_says_which_images(lab) -> None:
     digits = [
         record
         for i, method in enumerate(methods)
-        for record in seeds(lab, method, [0.70 + i / 500, 0.71 + i / 500], natural=0.98 + i / 5000, **read)
+        for record in seeds(lab, method, [0.70 + i / 500, 0.71 + i / 500], natural=0.98 + i / 5000)
     ]
     digits += seeds(lab, "literal", [0.1, 0.1], natural=0.1) + seeds(lab, "clean", [0.0])
     mnist = seeds(lab, "ramp", [0.5], dataset="mnist5k", eps=0.3, **read)
+    mnist += seeds(lab, "adaptive", [0.5, 0.5], dataset="mnist5k", eps=0.3)
     left, right = lab.figures.trade_off([*digits, *mnist]).axes
     assert left.get_ylabel() == "accuracy under APGD, validation images"
     assert right.get_ylabel() == "accuracy under AutoAttack, test images"
@@ -407,6 +412,7 @@ def test_trade_off_says_which_images(lab) -> None:
     shown = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in left.containers}
     assert list(shown) == methods  # without those at chance, which would squeeze them
     assert shown["pgd-at"] == pytest.approx([0.981, 0.705])
+    assert [bar.get_label() for bar in right.containers] == ["ramp"]  # the only one that was read
     assert right.containers[0].lines[0].get_xydata().tolist() == [[0.8, 0.4]]
     assert "Not shown: clean 90.0 / 0.0, literal 10.1 / 10.0" in [text.get_text() for text in left.texts]
     assert lab.figures.trade_off([]) is None
@@ -508,12 +514,13 @@ def test_report_writes_what_there_is_data_for(lab, files) -> None:
         height, width, _ = image.imread(files / "figures" / f"{name}.png").shape
         assert min(height, width) > 400
     blocks = lab.report.study_blocks(lab.records.read_runs(files / "runs.csv"))
-    assert list(blocks) == [
-        "methods", "main-digits", "differences-digits", "search-digits", "ablation", "tau", "beta", "capacity",
+    assert [name for name, text in blocks.items() if text.startswith("Not run")] == [
+        "main-mnist5k", "main-cifar10", "test", "claims",
     ]  # fmt: skip
     study = (files / "study.md").read_text()
     for name, text in blocks.items():
-        assert f"<!-- begin: {name} -->\n\n{text.strip()}\n\n<!-- end: {name} -->" in study
+        body = f"\n{text.strip()}\n\n" if text else ""
+        assert f"<!-- begin: {name} -->\n{body}<!-- end: {name} -->" in study
     assert "\n300 validation images; 15 epochs, split seed 2026; cpu, torch 2.14.1, Python 3.11.7" in study
     assert "eps 0.2:\n\n| method |" in study
     assert "eps 0.12:\n\n| method |" in study
@@ -538,10 +545,19 @@ def test_the_same_records_give_the_same_bytes(lab, files) -> None:
         assert b"tIME" not in content
 
 
-def test_report_without_any_data_touches_nothing(lab, files) -> None:
-    for name in ("runs.csv", "curves.csv"):
-        (files / name).unlink()
-    assert write(lab, files) == []
+def test_what_a_new_csv_lacks_does_not_keep_its_old_numbers(lab, files) -> None:
+    write(lab, files)
+    lab.records.write(files / "runs.csv", [made_up(lab, "pgd-at", natural=0.823)], lab.records.Record)
+    lab.records.write(files / "curves.csv", [], lab.records.Epoch)
+    assert write(lab, files) == ["figures/trade_off.png", "study.md", "README.md"]
+    study = (files / "study.md").read_text()
+    assert "| pgd-at | 82.3 |" in study
+    assert study.count("Not run yet.") == 7  # ablation, tau, beta, test, claims, two data sets
+    assert "<!-- begin: differences-digits -->\n<!-- end" in study
+    (files / "runs.csv").unlink()
+    with pytest.raises(FileNotFoundError):
+        write(lab, files)
+    assert (files / "study.md").read_text() == study
 
 
 def test_the_skeleton_has_all_blocks(lab) -> None:
@@ -555,6 +571,7 @@ def test_the_skeleton_has_all_blocks(lab) -> None:
     claims = [lab.claims.Claim("digits", 0.2, "adaptive", "pgd-at", "test_autoattack")]
     blocks = lab.report.study_blocks(records, claims)
     assert len(blocks) == 16
+    assert all(blocks.values())
     text = lab.report.STUDY.read_text()
     for name, content in blocks.items():
         text = lab.tables.replaced(text, name, content)

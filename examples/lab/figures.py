@@ -10,7 +10,7 @@ from quickstart_extras import BLUE, INK, MUTED, ORANGE
 
 from lab import labels, runs
 from lab.records import Epoch, Record
-from lab.selection import by_method, values
+from lab.selection import by_method, read_on_test, values
 from lab.statistics import mean, sd
 from lab.tables import radius
 
@@ -47,19 +47,21 @@ def sweeps(records: Sequence[Record], dataset: str = "digits") -> Figure | None:
 def trade_off(records: Sequence[Record]) -> Figure | None:
     """Natural against robust accuracy, a panel a data set, a point a method; the bars are ±1 sd over seeds.
 
-    On the test images where all methods of a data set have been read there, else on the validation images: the axes
-    say which. Methods of which a run has less than half of the best mean in either are named in a line under the panel.
+    On the test images of a data set once they have been read, for the methods that they were read for, else on the
+    validation images: the axes say which. Methods of which a run has less than half of the best mean in either are
+    named in a line under the panel.
     """
     panels = {}
     for dataset, setting in runs.SETTINGS.items():
         found = by_method(records, dataset, setting.eps[0])
-        if shown := {method: found[method] for method in _order() if method in found}:
-            panels[dataset] = shown
+        read = read_on_test(found)
+        if shown := {method: of for method in _order() if (of := (read or found).get(method))}:
+            panels[dataset] = shown, bool(read)
     if not panels:
         return None
     figure = _figure(5.6 * len(panels), 4.8)
-    for axes, (dataset, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        final = all(values(of, "test_natural") and values(of, "test_autoattack") for of in shown.values())
+    plots = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (dataset, (shown, final)) in zip(plots, panels.items(), strict=True):
         measures = ("test_natural", "test_autoattack") if final else ("natural", "apgd")
         where, attack = ("test", "AutoAttack") if final else ("validation", "APGD")
         points = {method: [values(of, measure) for measure in measures] for method, of in shown.items()}

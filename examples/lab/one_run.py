@@ -107,6 +107,16 @@ def trained(run: Run, root: Path) -> nn.Module:
     return from_checkpoint(path)
 
 
+def find_data(run: Run, extra: str) -> None:
+    """Open the images of a run once, before many processes do: what is to be downloaded is, and what is missing known.
+
+    Raises:
+        MissingData: they are not there.
+    """
+    args = arguments(run, Path(), extra)
+    open_data(args, Ranks(args.device))
+
+
 def told(run: Run, extra: str) -> dict[str, str | int]:
     """What a run is told, beside its name: of two runs with one name, whether they are the same."""
     method, args = METHODS[run.method], arguments(run, Path(), extra)

@@ -12,33 +12,33 @@ from lab.records import Epoch, Record, read_curves, read_runs
 
 ROOT = Path(__file__).parents[2]
 STUDY, README = ROOT / "docs" / "study.md", ROOT / "README.md"
+NOT_RUN = "Not run yet.\n"
 
 
 def report(runs_csv: Path, curves_csv: Path, folder: Path, *, study: Path = STUDY, readme: Path = README) -> list[Path]:
-    """Draw all figures and rewrite all tables that there is data for; what there is none for stays as it is.
+    """Draw all figures that there is data for, and rewrite all tables: where there is no data, they say so.
 
     Args:
-        runs_csv, curves_csv: of lab.records; one that doesn't exist has no data yet.
+        runs_csv, curves_csv: of lab.records.
         folder: of the figures, made if missing.
-        study, readme: Markdown files, with the markers of the blocks that there is data for.
+        study, readme: Markdown files, with the markers of all blocks.
 
     Returns:
         The files written.
 
     Raises:
+        FileNotFoundError: there is no such CSV.
         ValueError: a CSV has other columns, a run is there twice, or a Markdown file lacks a marker.
     """
-    records = read_runs(runs_csv) if runs_csv.exists() else []
-    curves = read_curves(curves_csv) if curves_csv.exists() else []
+    records, curves = read_runs(runs_csv), read_curves(curves_csv)
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in all_figures(records, curves).items():
         save(figure, folder / f"{name}.png")
         written.append(folder / f"{name}.png")
     for path, blocks in ((study, study_blocks(records)), (readme, readme_blocks(records))):
-        if blocks:
-            tables.write_blocks(path, blocks)
-            written.append(path)
+        tables.write_blocks(path, blocks)
+        written.append(path)
     return written
 
 
@@ -60,7 +60,7 @@ def all_figures(records: Sequence[Record], curves: Sequence[Epoch]) -> dict[str,
 
 
 def study_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) -> dict[str, str]:
-    """The blocks of docs/study.md that are not empty."""
+    """The blocks of docs/study.md. One without data says so, unless it stands below another of the same runs."""
     blocks = {"methods": tables.methods_table(records)}
     for dataset, setting in runs.SETTINGS.items():
         here = [record for record in records if (record.dataset, record.arch) == (dataset, setting.arch)]
@@ -83,10 +83,10 @@ def study_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) ->
         ),
         "claims": tables.claims_table(records, claims),
     }
-    return {name: text for name, text in blocks.items() if text}
+    below = ("differences-", "search-")
+    return {name: text or ("" if name.startswith(below) else NOT_RUN) for name, text in blocks.items()}
 
 
 def readme_blocks(records: Sequence[Record]) -> dict[str, str]:
-    """The block of README.md, where it isn't empty."""
-    text = tables.compact_table(records)
-    return {"study": text} if text else {}
+    """The block of README.md."""
+    return {"study": tables.compact_table(records) or NOT_RUN}

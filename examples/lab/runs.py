@@ -66,6 +66,7 @@ METHODS = {
     # Controls.
     "adaptive-cold": Method("adaptive from random weights", "--recipe ours --no-warm-start"),
     "adaptive-one-hot": Method("adaptive with labels in place of the teacher", "--recipe ours", {"one_hot": True}),
+    "pgd-at-lr0.3": Method("PGD-AT, three times the learning rate", "--method pgd-at --no-warm-start --lr 0.3"),
     "pgd-at-times-5": Method(
         "PGD-AT from random weights, its loss times 5",
         f"--recipe ours {EVERY} --no-warm-start",
@@ -74,6 +75,11 @@ METHODS = {
     "pgd-at-warm": Method("PGD-AT from the teacher's weights", "--method pgd-at"),
     "pgd-at-weighted": Method(
         "pgd-at-warm, each sample times 1 + 6 softmax(S(x'))[y]", "--recipe ours", {"one_hot": True, "mixing": False}
+    ),
+    "pgd-at-weighted-cold": Method(
+        "pgd-at-weighted from random weights",
+        "--recipe ours --no-warm-start",
+        {"one_hot": True, "mixing": False},
     ),
     "pgd-at-weighted-shared": Method(
         "pgd-at-weighted, and BatchNorm sees the clean images too, as in adaptive",
@@ -102,10 +108,9 @@ for _beta in BETAS:
 # Sweeps pass through ramp itself.
 del METHODS["ramp-tau5"], METHODS["ramp-beta6"]
 # What the search for a recipe tried, each a single change.
-OURS, AT, WARM = (METHODS[name].options for name in ("adaptive", "pgd-at", "pgd-at-warm"))
+OURS, COLD, AT, WARM = (METHODS[name].options for name in ("adaptive", "adaptive-cold", "pgd-at", "pgd-at-warm"))
 METHODS |= {
     "pgd-at-lr0.03": Method("PGD-AT, a third of the learning rate", f"{AT} --lr 0.03"),
-    "pgd-at-lr0.3": Method("PGD-AT, three times the learning rate", f"{AT} --lr 0.3"),
     "pgd-at-longer": Method("PGD-AT for twice the epochs", AT, longer=2),
     "pgd-at-warm-lr0.3": Method("PGD-AT from the teacher's weights, three times the learning rate", f"{WARM} --lr 0.3"),
     "pgd-at-warm-times-5": Method(
@@ -116,6 +121,9 @@ METHODS |= {
         OURS,
         {"one_hot": True, "mixing": False, "mean_1": True},
     ),
+    "adaptive-cold-lr0.03": Method("from random weights, a third of the learning rate", f"{COLD} --lr 0.03"),
+    "adaptive-cold-lr0.3": Method("from random weights, three times the learning rate", f"{COLD} --lr 0.3"),
+    "adaptive-cold-longer": Method("from random weights, twice the epochs", COLD, longer=2),
     "adaptive-longer": Method("twice the epochs", OURS, longer=2),
     "adaptive-lr0.03": Method("a third of the learning rate", f"{OURS} --lr 0.03"),
     "adaptive-lr0.3": Method("three times the learning rate", f"{OURS} --lr 0.3"),
@@ -136,9 +144,11 @@ MAIN = ("clean", "pgd-at", "trades", "literal", "detach", "ramp", "adaptive")
 CONTROLS = (
     "adaptive-cold",
     "adaptive-one-hot",
+    "pgd-at-lr0.3",
     "pgd-at-times-5",
     "pgd-at-warm",
     "pgd-at-weighted",
+    "pgd-at-weighted-cold",
     "pgd-at-weighted-shared",
     "trades-recipe",
 )

@@ -1,7 +1,7 @@
 """Which records belong together: those of a data set, a network and a radius."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from lab import runs
@@ -31,6 +31,12 @@ def by_method(rows: Iterable[Row], dataset: str, eps: float, arch: str | None = 
         if (row.dataset, row.arch) == (dataset, arch) and same_eps(row.eps, eps):
             found[row.method].append(row)
     return {method: sorted(of, key=lambda row: (row.seed, getattr(row, "epoch", 0))) for method, of in found.items()}
+
+
+def read_on_test(found: Mapping[str, Iterable[Record]]) -> dict[str, list[Record]]:
+    """The runs whose test images have been read, by method; a method of which none has is left out."""
+    read = {method: [record for record in of if record.test_natural is not None] for method, of in found.items()}
+    return {method: of for method, of in read.items() if of}
 
 
 def values(records: Iterable[Record], measure: str) -> list[float]:

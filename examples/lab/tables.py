@@ -12,7 +12,7 @@ from checkpoint import replacing
 from lab import runs
 from lab.claims import Claim
 from lab.records import Record
-from lab.selection import by_method, same_eps, values
+from lab.selection import by_method, read_on_test, same_eps, values
 from lab.statistics import LEVEL, Difference, interval, mean, paired_differences, sd
 
 CHANCE = 0.2  # natural accuracy below which a run has collapsed: ten classes, guessed, give 0.1
@@ -149,9 +149,8 @@ def search_table(records: Sequence[Record], dataset: str) -> str:
     here = [record for of in found.values() for record in of]
     lines = []
     for method in (m for m in runs.SEARCH if m in found):
-        base = next(
-            name for name in ("pgd-at-warm", "pgd-at-weighted", BASELINE, "adaptive") if method.startswith(name)
-        )
+        bases = ("pgd-at-warm", "pgd-at-weighted", BASELINE, "adaptive-cold", "adaptive")
+        base = next(name for name in bases if method.startswith(name))
         changes = [paired_differences(here, method, base, measure) for measure in ("natural", "apgd")]
         cells = [signed(mean(of)) if of else "-" for of in changes]
         gap = points(found[method], "pgd20", "apgd")
@@ -193,7 +192,7 @@ def capacity_table(records: Sequence[Record], dataset: str = "digits") -> str:
 
 def test_table(records: Iterable[Record], dataset: str, eps: float) -> str:
     """A line a method whose test images were read."""
-    found = by_method([record for record in records if record.test_natural is not None], dataset, eps)
+    found = read_on_test(by_method(records, dataset, eps))
     measures = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack")
     # A claim can be about any method.
     methods = dict.fromkeys((*_main(found), *found))
@@ -239,7 +238,7 @@ def compact_table(records: Sequence[Record]) -> str:
     columns: list[tuple[str, str, dict[str, list[Record]]]] = []  # head, measure, runs by method
     for dataset, setting in runs.SETTINGS.items():
         found = by_method(records, dataset, setting.eps[0])
-        read = {m: kept for m, of in found.items() if (kept := [r for r in of if r.test_natural is not None])}
+        read = read_on_test(found)
         for measure in ("test_natural", "test_autoattack") if read else ("natural", "apgd"):
             head = f"{dataset}, eps {radius(setting.eps[0])}, {_measure(measure)}"
             columns += [(head, measure, read or found)] if found else []
@@ -356,7 +355,8 @@ def replaced(text: str, name: str, content: str) -> str:
     start, stop = text.find(begin), text.find(end)
     if text.count(begin) != 1 or text.count(end) != 1 or stop < start:
         raise ValueError(f"the text must have the markers {begin} and {end} once each, in this order")
-    return f"{text[:start]}{begin}\n\n{content.strip()}\n\n{text[stop:]}"
+    body = f"\n{content.strip()}\n\n" if content else ""
+    return f"{text[:start]}{begin}\n{body}{text[stop:]}"
 
 
 def write_blocks(path: Path, blocks: Mapping[str, str]) -> None:
