@@ -300,10 +300,14 @@ def test_claims(lab) -> None:
         replace(claim, measure="autoattack")
 
 
-def test_readme_turns_to_the_test_images_once_they_are_read(lab) -> None:
+def test_readme_adds_the_test_images_once_they_are_read(lab) -> None:
+    claims = [
+        lab.claims.Claim("digits", 0.2, "ramp", "pgd-at", "test_autoattack"),
+        lab.claims.Claim("mnist5k", 0.3, "ramp", "pgd-at", "test_apgd"),
+    ]
     digits = [*seeds(lab, "ramp", [0.7, 0.7]), *seeds(lab, "pgd-at", [0.6])]
     mnist = seeds(lab, "ramp", [0.5], dataset="mnist5k", eps=0.3)
-    head, *lines = cells(lab.tables.compact_table([*digits, *mnist]))
+    head, *lines = cells(lab.tables.compact_table([*digits, *mnist], claims))
     assert head[1:3] == ["digits, eps 0.2, natural, validation", "digits, eps 0.2, APGD, validation"]
     assert head[3:] == ["mnist5k, eps 0.3, natural, validation", "mnist5k, eps 0.3, APGD, validation", "seeds"]
     assert lines == [
@@ -311,14 +315,13 @@ def test_readme_turns_to_the_test_images_once_they_are_read(lab) -> None:
         ["ramp", "90.1 ± 0.1", "70.0 ± 0.0", "90.0", "50.0", "2 / 1"],
     ]
     digits[0] = replace(digits[0], test_natural=0.8, test_autoattack=0.4)
-    head, *lines = cells(lab.tables.compact_table([*digits, *mnist]))
-    assert head[1:4] == [
-        "digits, eps 0.2, natural, test",
-        "digits, eps 0.2, AutoAttack, test",
-        "mnist5k, eps 0.3, natural, validation",
+    head, *lines = cells(lab.tables.compact_table([*digits, *mnist], claims))
+    assert head[3:5] == ["digits, eps 0.2, AutoAttack, test", "mnist5k, eps 0.3, natural, validation"]
+    assert lines == [
+        ["pgd-at", "90.0", "60.0", "-", "-", "-", "1 / 0"],
+        ["ramp", "90.1 ± 0.1", "70.0 ± 0.0", "40.0", "90.0", "50.0", "2 / 1"],
     ]
-    assert lines == [["ramp", "80.0", "40.0", "90.0", "50.0", "1"]]
-    assert lab.tables.compact_table([]) == ""
+    assert lab.tables.compact_table([], claims) == ""
 
 
 # Files.
@@ -395,7 +398,7 @@ def test_sweeps_show_means_bands_and_seeds(lab) -> None:
 
 
 def test_trade_off_says_which_images(lab) -> None:
-    read = {"test_natural": 0.8, "test_autoattack": 0.4}
+    read = {"test_natural": 0.8, "test_autoattack": 0.4, "test_autoattack_images": 200}
     methods = [method for method in (*lab.runs.MAIN, *lab.runs.CONTROLS) if method not in ("clean", "literal")]
     digits = [
         record
@@ -407,7 +410,7 @@ def test_trade_off_says_which_images(lab) -> None:
     mnist += seeds(lab, "adaptive", [0.5, 0.5], dataset="mnist5k", eps=0.3)
     left, right = lab.figures.trade_off([*digits, *mnist]).axes
     assert left.get_ylabel() == "accuracy under APGD, validation images"
-    assert right.get_ylabel() == "accuracy under AutoAttack, test images"
+    assert right.get_ylabel() == "accuracy under AutoAttack, first 200 test images"
     assert right.get_xlabel() == "natural accuracy, test images"
     shown = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in left.containers}
     assert list(shown) == methods  # without those at chance, which would squeeze them

@@ -64,6 +64,8 @@ def trade_off(records: Sequence[Record]) -> Figure | None:
     for axes, (dataset, (shown, final)) in zip(plots, panels.items(), strict=True):
         measures = ("test_natural", "test_autoattack") if final else ("natural", "apgd")
         where, attack = ("test", "AutoAttack") if final else ("validation", "APGD")
+        some = sorted({n for of in shown.values() for n in values(of, "test_autoattack_images")}) if final else []
+        attacked = f"first {' or '.join(f'{n:.0f}' for n in some)} {where} images" if some else f"{where} images"
         points = {method: [values(of, measure) for measure in measures] for method, of in shown.items()}
         # They would squeeze all others into a corner.
         half = [max(mean(xy[i]) for xy in points.values()) / 2 for i in (0, 1)]
@@ -78,7 +80,7 @@ def trade_off(records: Sequence[Record]) -> Figure | None:
         _finish(axes, f"{dataset}, eps {radius(runs.SETTINGS[dataset].eps[0])}", f"natural accuracy, {where} images")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.set_ylabel(f"accuracy under {attack}, {where} images", color=MUTED)
+        axes.set_ylabel(f"accuracy under {attack}, {attacked}", color=MUTED)
         axes.margins(0.14)
         if outside:
             listed = ", ".join(f"{method} {_pair(*xy)}" for method, xy in outside.items())

@@ -87,6 +87,6 @@ def study_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) ->
     return {name: text or ("" if name.startswith(below) else NOT_RUN) for name, text in blocks.items()}
 
 
-def readme_blocks(records: Sequence[Record]) -> dict[str, str]:
+def readme_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) -> dict[str, str]:
     """The block of README.md."""
-    return {"study": tables.compact_table(records) or NOT_RUN}
+    return {"study": tables.compact_table(records, claims) or NOT_RUN}

@@ -230,25 +230,25 @@ def claims_table(records: Sequence[Record], claims: Sequence[Claim]) -> str:
     return table and table + _level(len(claims))
 
 
-def compact_table(records: Sequence[Record]) -> str:
-    """A line a method, two columns a data set with its first radius: natural and the strongest attack.
-
-    On the test images of a data set once they have been read, for the methods that they were read for.
-    """
-    columns: list[tuple[str, str, dict[str, list[Record]]]] = []  # head, measure, runs by method
-    for dataset, setting in runs.SETTINGS.items():
-        found = by_method(records, dataset, setting.eps[0])
-        read = read_on_test(found)
-        for measure in ("test_natural", "test_autoattack") if read else ("natural", "apgd"):
-            head = f"{dataset}, eps {radius(setting.eps[0])}, {_measure(measure)}"
-            columns += [(head, measure, read or found)] if found else []
+def compact_table(records: Sequence[Record], claims: Sequence[Claim]) -> str:
+    """A line a method; of each data set at its first radius natural accuracy and APGD on the validation images, and,
+    once the test images are read, there what the claims are about, of the methods that they are about."""
+    found = {dataset: by_method(records, dataset, setting.eps[0]) for dataset, setting in runs.SETTINGS.items()}
+    found = {dataset: of for dataset, of in found.items() if of}
+    columns = []
+    for dataset, of in found.items():
+        about = dict.fromkeys(claim.measure for claim in claims if claim.dataset == dataset)
+        read = [measure for measure in about if any(values(some, measure) for some in of.values())]
+        columns += [(dataset, measure) for measure in ("natural", "apgd", *read)]
     lines = []
     for method in dict.fromkeys((*runs.MAIN, *runs.CONTROLS)):
-        cells = [found.get(method, []) for _, _, found in columns]
-        if any(cells):
-            means = [percent(values(of, measure)) for of, (_, measure, _) in zip(cells, columns, strict=True)]
-            lines.append([named(method, [r for of in cells[::2] for r in of]), *means, _counts(cells[::2])])
-    return markdown(["accuracy in %", *(head for head, _, _ in columns), "seeds"], lines)
+        cells = {dataset: of.get(method, []) for dataset, of in found.items()}
+        if any(cells.values()):
+            means = [percent(values(cells[dataset], measure)) for dataset, measure in columns]
+            everything = [record for of in cells.values() for record in of]
+            lines.append([named(method, everything), *means, _counts([*cells.values()])])
+    heads = [f"{dataset}, eps {radius(runs.SETTINGS[dataset].eps[0])}, {_measure(name)}" for dataset, name in columns]
+    return markdown(["accuracy in %", *heads, "seeds"], lines)
 
 
 def agreement(
