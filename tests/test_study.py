@@ -122,12 +122,13 @@ def test_remedies_add_their_terms(lab, batch):
     assert method(**batch, beta=5.3).loss.item() == pytest.approx(total.item() / 7, rel=1e-5)
 
 
-@pytest.mark.parametrize("mean_1", [False, True])
-def test_without_mixing_the_weights_are_all_that_is_left(lab, batch, mean_1):
-    change = {"one_hot": True, "mixing": False, "mean_1": mean_1}
+@pytest.mark.parametrize(("mean_1", "of_batch"), [(False, False), (True, False), (False, True)])
+def test_without_mixing_the_weights_are_all_that_is_left(lab, batch, mean_1, of_batch):
+    change = {"one_hot": True, "mixing": False, "mean_1": mean_1, "of_batch": of_batch}
     method = lab.variants.ChangedCKTAT(CKTATLoss(None, tau=2.5), adaptive=True, **change)
     _, a, _, y = parts(batch, 1)
     weights = torch.stack([1 + 5.3 * a[i, y[i]] for i in range(7)])
+    weights = weights.mean().expand(7) if of_batch else weights
     total = sum(-weights[i] * a[i, y[i]].log() for i in range(7)) / 7
     wanted = total / weights.mean() if mean_1 else total
     assert not method.clean_forward  # as in PGD-AT: BatchNorm sees adversarial images alone

@@ -81,6 +81,11 @@ METHODS = {
         "--recipe ours --no-warm-start",
         {"one_hot": True, "mixing": False},
     ),
+    "pgd-at-weighted-batch": Method(
+        "pgd-at-weighted-cold, every sample with the mean weight of its batch",
+        "--recipe ours --no-warm-start",
+        {"one_hot": True, "mixing": False, "of_batch": True},
+    ),
     "pgd-at-weighted-shared": Method(
         "pgd-at-weighted, and BatchNorm sees the clean images too, as in adaptive",
         "--recipe ours",
@@ -149,6 +154,7 @@ CONTROLS = (
     "pgd-at-warm",
     "pgd-at-weighted",
     "pgd-at-weighted-cold",
+    "pgd-at-weighted-batch",
     "pgd-at-weighted-shared",
     "trades-recipe",
 )

@@ -22,6 +22,7 @@ class ChangedCKTAT(CKTAT):
             S(x) detached, both terms together are (1 + beta_i) times the KL from one mixture of their targets.
         mixing: False leaves the consistency term out and keeps its weight: (1 + beta_i) times the guidance.
         shared: without mixing too, compute S(x), so that BatchNorm sees clean and adversarial images together.
+        of_batch: every sample has its batch's mean of beta_i: steps change over time as they do, no sample goes first.
         mean_1: divide the loss of a batch by the mean of 1 + beta_i: samples differ in weight, and no step is longer.
         clean_guidance: weight of KL(softmax(T(x)/tau) || softmax(S(x))): the teacher anchors S(x) too.
         label: weight of the cross-entropy CE(S(x'), y): the teacher's mistakes are not all that is learned.
@@ -33,6 +34,7 @@ class ChangedCKTAT(CKTAT):
     normalized: bool = False
     mixing: bool = True
     shared: bool = False
+    of_batch: bool = False
     mean_1: bool = False
     clean_guidance: float = 0.0
     label: float = 0.0
@@ -56,6 +58,7 @@ class ChangedCKTAT(CKTAT):
             teacher_logits=teacher_logits,
         )
         weights = self.weights(adv_logits, y, beta)
+        weights = weights.mean() if self.of_batch else weights
         per_sample = weights * (consistency if self.mixing else guidance) + (guidance if self.guidance else 0)
         if self.normalized:
             per_sample = per_sample / (1 + weights)
