@@ -203,10 +203,12 @@ def test_capacity_has_a_column_a_width(lab) -> None:
         *seeds(lab, "ramp", [0.7, 0.8], arch="digits-4"),
         *seeds(lab, "ramp", [0.7]),
         *seeds(lab, "teacher-only", [0.1], arch="digits-32"),
+        *seeds(lab, "pgd-at", [0.1], natural=0.1, arch="digits-32"),
     ]
     head, *lines = cells(lab.tables.capacity_table(records))
     assert [cell.split(":")[0] for cell in head[1:4]] == ["width 4", "width 16", "width 32"]
     assert lines == [
+        ["pgd-at", "-", "-", "10.0 / 10.0 (collapsed)", "0 / 0 / 1"],
         ["teacher-only", "-", "-", "90.0 / 10.0", "0 / 0 / 1"],
         ["ramp", "90.1 ± 0.1 / 75.0 ± 7.1", "90.0 / 70.0", "-", "2 / 1 / 0"],
     ]

@@ -68,13 +68,13 @@ def difference(found: Difference) -> str:
     return f"**{text}**" if found.clear else text
 
 
-def named(method: str, records: Sequence[Record]) -> str:
-    """The method, and how many of its runs ended in the constant prediction: a mean over some that did says little."""
+def named(text: str, records: Sequence[Record]) -> str:
+    """The text, and how many of the runs ended in the constant prediction: a mean over some that did says little."""
     collapsed = sum(record.natural < CHANCE for record in records)
     if not collapsed:
-        return method
+        return text
     of = "" if collapsed == len(records) else f"{collapsed} of {len(records)} "
-    return f"{method} ({of}collapsed)"
+    return f"{text} ({of}collapsed)"
 
 
 def radius(eps: float) -> str:
@@ -185,7 +185,8 @@ def capacity_table(records: Sequence[Record], dataset: str = "digits") -> str:
         cells = [found[arch].get(method, []) for arch in runs.WIDTHS]
         if any(cells):
             both = [" / ".join(percent(values(of, measure)) for measure in ("natural", "apgd")) for of in cells]
-            lines.append([method, *(text if of else "-" for text, of in zip(both, cells, strict=True)), _counts(cells)])
+            texts = [named(text, of) if of else "-" for text, of in zip(both, cells, strict=True)]
+            lines.append([method, *texts, _counts(cells)])
     widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in runs.WIDTHS]
     return markdown(["method", *widths, "seeds"], lines)
 
