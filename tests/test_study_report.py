@@ -203,13 +203,13 @@ def test_capacity_has_a_column_a_width(lab) -> None:
         *seeds(lab, "ramp", [0.7, 0.8], arch="digits-4"),
         *seeds(lab, "ramp", [0.7]),
         *seeds(lab, "teacher-only", [0.1], arch="digits-32"),
+        *seeds(lab, "pgd-at", [0.6]),
         *seeds(lab, "pgd-at", [0.1], natural=0.1, arch="digits-32"),
     ]
     head, *lines = cells(lab.tables.capacity_table(records))
     assert [cell.split(":")[0] for cell in head[1:4]] == ["width 4", "width 16", "width 32"]
     assert lines == [
-        ["pgd-at", "-", "-", "10.0 / 10.0 (collapsed)", "0 / 0 / 1"],
-        ["teacher-only", "-", "-", "90.0 / 10.0", "0 / 0 / 1"],
+        ["pgd-at", "-", "90.0 / 60.0", "10.0 / 10.0 (collapsed)", "0 / 1 / 1"],
         ["ramp", "90.1 ± 0.1 / 75.0 ± 7.1", "90.0 / 70.0", "-", "2 / 1 / 0"],
     ]
 
@@ -557,7 +557,7 @@ def test_what_a_new_csv_lacks_does_not_keep_its_old_numbers(lab, files) -> None:
     assert write(lab, files) == ["figures/trade_off.png", "study.md", "README.md"]
     study = (files / "study.md").read_text()
     assert "| pgd-at | 82.3 |" in study
-    assert study.count("Not run yet.") == 7  # ablation, tau, beta, test, claims, two data sets
+    assert study.count("Not run yet.") == 8  # ablation, tau, beta, capacity, test, claims, two data sets
     assert "<!-- begin: differences-digits -->\n<!-- end" in study
     (files / "runs.csv").unlink()
     with pytest.raises(FileNotFoundError):

@@ -37,7 +37,7 @@ def beside_points(figure: Figure) -> None:
 
 def _places(width: float, height: float) -> Iterator[tuple[float, float]]:
     """Offsets in pixels of a label's middle from its point: ever wider ellipses around it, beginning at the right."""
-    for gap, angle in product((10, 20, 34, 50, 70, 95), range(0, 360, 15)):
+    for gap, angle in product((10, 20, 34, 50, 70, 95, 125, 160), range(0, 360, 15)):
         across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         yield across * (gap + width / 2), up * (gap + height / 2)
 

@@ -73,7 +73,7 @@ def study_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) ->
         "ablation": tables.ablation_table(records),
         "tau": tables.tau_table(records),
         "beta": tables.beta_table(records),
-        "capacity": tables.capacity_table(records),
+        "capacity": tables.captioned({dataset: tables.capacity_table(records, dataset) for dataset in runs.SETTINGS}),
         "test": tables.captioned(
             {
                 f"{dataset}, eps {tables.radius(eps)}": tables.test_table(records, dataset, eps)

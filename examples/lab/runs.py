@@ -165,6 +165,7 @@ SEARCH = tuple(METHODS)[list(METHODS).index("pgd-at-lr0.03") :]
 SEARCH_SEEDS = 2
 CAPACITY = ("clean", "pgd-at", "teacher-only", "ramp", "adaptive")
 WIDTHS = ("digits-4", "digits", "digits-32")  # of the digits net, 16 in the middle
+LARGER = ("clean", "pgd-at", "adaptive", "adaptive-cold")  # at the largest width on mnist5k too, as a search
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ def grid(profile: str, dataset: str, arch: str | None, seeds: int) -> Iterator[R
     if profile == "full" and dataset == "digits":
         plan += [(arch, (*ABLATION, *TAU_SWEEP, *BETA_SWEEP), setting.eps[:1], seeds)]
         plan += [(width, CAPACITY, setting.eps[:1], seeds) for width in WIDTHS]
+    if profile == "full" and dataset == "mnist5k":
+        plan += [(WIDTHS[-1], LARGER, setting.eps[:1], min(seeds, SEARCH_SEEDS))]
     done = set()
     for net, methods, radii, repeated in plan:
         for seed, eps, method in product(range(repeated), radii, methods):

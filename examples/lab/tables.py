@@ -177,13 +177,13 @@ def beta_table(records: Sequence[Record], dataset: str = "digits") -> str:
 
 
 def capacity_table(records: Sequence[Record], dataset: str = "digits") -> str:
-    """The paper's Table 1: natural / APGD, a line a method, a column a width of the network."""
+    """The paper's Table 1: natural / APGD, a line a method that was run at two widths or more, a column a width."""
     eps = runs.SETTINGS[dataset].eps[0]
     found = {arch: by_method(records, dataset, eps, arch) for arch in runs.WIDTHS}
     lines = []
-    for method in runs.CAPACITY:
+    for method in dict.fromkeys((*runs.CAPACITY, *runs.LARGER)):
         cells = [found[arch].get(method, []) for arch in runs.WIDTHS]
-        if any(cells):
+        if sum(map(bool, cells)) > 1:
             both = [" / ".join(percent(values(of, measure)) for measure in ("natural", "apgd")) for of in cells]
             texts = [named(text, of) if of else "-" for text, of in zip(both, cells, strict=True)]
             lines.append([method, *texts, _counts(cells)])
