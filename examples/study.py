@@ -1,7 +1,7 @@
 """Does CKTAT help, which part of it, and with what recipe: a grid of runs on small real data, or on yours.
 
     python examples/study.py                                        quick: the methods on digits, some ten minutes
-    python examples/study.py --full                                 all of docs/study.md but the test: some hours
+    python examples/study.py --full                                 every table of docs/study.md: some hours
     python examples/study.py --full --dataset cifar10 --arch resnet18 --options=--download     on a GPU: days
     python examples/study.py --report                               docs/study.md and its figures from its CSVs
 
@@ -64,7 +64,7 @@ def train(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
         record = record_of(each, args.out)
         done = same(each, record or lines.get(each.name), args)
         # What is only known has a line here, and no network for the test images.
-        if not done or (record is None and each in to_read):
+        if not done or (record is None and each in to_read and lines[each.name].test_natural is None):
             left.append(each)
     again = {replace(each, method=method) for each in left for method in NEEDED}
     left += [each for each in runs if each in again and each not in left and record_of(each, args.out) is None]
@@ -93,10 +93,20 @@ def same(run: Run, record: records.Record | None, args: argparse.Namespace) -> b
 
 
 def final(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, str]:
-    """The test images, for the runs that a claim is about, each once."""
+    """The test images, for the runs that a claim is about, each once.
+
+    Raises:
+        UserError: some have been read there with another number of images for AutoAttack: they would be no pairs.
+    """
     to_read = claimed(runs)
-    found = [(each, record_of(each, args.out)) for each in runs if each in to_read]
-    left = [each for each, record in found if record is not None and record.test_natural is None]
+    found = [(each, record) for each in runs if each in to_read and (record := record_of(each, args.out))]
+    left = [each for each, record in found if record.test_natural is None]
+    counts = {record.test_autoattack_images for _, record in found} - {None, args.autoattack_images}
+    if left and counts:
+        raise UserError(
+            f"--autoattack-images must be {counts.pop()}, as for the runs that have been read already; "
+            f"got {args.autoattack_images}"
+        )
     return side_by_side(partial(read_test, autoattack_images=args.autoattack_images), [left], "test", args)
 
 
@@ -139,18 +149,31 @@ def known(args: argparse.Namespace) -> tuple[list[records.Record], list[records.
 
 
 def print_tables(args: argparse.Namespace) -> None:
-    """The main tables of what is done, and where docs/study.md has other numbers."""
-    here = records.read_runs(args.out / "runs.csv")
+    """The main tables of what is done, and where docs/study.md has other numbers than what was done here."""
+    own, here = [record for record, _ in finished(args.out)], records.read_runs(args.out / "runs.csv")
     there = records.read_runs(RESULTS / "runs.csv") if (RESULTS / "runs.csv").exists() else []
     for dataset in args.datasets:
         for eps in SETTINGS[dataset].eps:
             if by_method(here, dataset, eps, args.arch):
                 print(f"\n{dataset}, eps {eps:g}, validation images\n\n{main_table(here, dataset, eps, args.arch)}")
-                print(agreement(here, there, dataset, eps, args.arch))
+                print(agreement(own, there, dataset, eps, args.arch))
 
 
 def publish(folder: Path) -> None:
-    """Make the CSVs of a study those of docs/study.md."""
+    """Make the CSVs of a study those of docs/study.md.
+
+    Raises:
+        UserError: they lack runs of docs/study.md, which would be lost.
+        ValueError: a CSV has other columns.
+    """
+    new = {run_of(line).name for line in records.read_runs(folder / "runs.csv")}
+    records.read_curves(folder / "curves.csv")
+    old = records.read_runs(RESULTS / "runs.csv") if (RESULTS / "runs.csv").exists() else []
+    if lost := [name for line in old if (name := run_of(line).name) not in new]:
+        raise UserError(
+            f"{folder / 'runs.csv'} lacks {len(lost)} runs of {RESULTS / 'runs.csv'}, {lost[0]} for one: "
+            f"take them in first, with the study's command and --known {RESULTS}"
+        )
     RESULTS.mkdir(exist_ok=True)
     for name in CSVS:
         if folder.resolve() != RESULTS:
@@ -223,12 +246,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for option, folder in (("--known", args.known), ("--report", args.report)):
         if folder is not None and not all((folder / name).is_file() for name in CSVS):
             parser.error(f"argument {option}: {folder} must have {' and '.join(CSVS)}")
-    if args.final and not CLAIMS:
-        parser.error("argument --final: lab/claims.py has no claims, for which the test images are kept")
     args.out = (
         args.out.resolve()
     )  # runs name their teachers by it, and would not go on if it were spelled in another way
     runs = [each for dataset in args.datasets for each in chosen(dataset, args)]
+    if others := [name for name in args.methods or () if name not in {each.method for each in runs}]:
+        parser.error(f"argument --methods: {', '.join(others)} must come with --full, and with a data set that has it")
+    if args.final and not claimed(runs):
+        parser.error(
+            "argument --final: lab/claims.py has no claims about these runs, for which the test images are kept"
+        )
     devices = {arguments(each, args.out, args.options).device.type for each in runs}  # wrong options are known at once
     if args.jobs is None:
         args.jobs = (os.cpu_count() or 1) if devices == {"cpu"} else 1

@@ -8,7 +8,6 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, fields, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ TINY = "--train-samples 64 --epochs 1 --validation 12"
 
 @pytest.fixture(scope="module")
 def lab():
-    names = ["runs", "variants", "measure", "one_run", "records", "pool"]
+    names = ["claims", "runs", "variants", "measure", "one_run", "records", "pool"]
     with imported("study", "data", *(f"lab.{name}" for name in names)) as modules:
         parts = {name: getattr(modules, name) for name in names}
         yield Namespace(study=modules.study, data=modules.data, **parts)
@@ -270,10 +269,41 @@ def test_what_is_known_is_trained_again_only_where_its_network_is_needed(lab, tm
     argv = ["--out", str(tmp_path / "out"), "--seeds", "1", *option, "--methods"]
     lab.study.main([*argv, "adaptive,ramp"])
     assert stages == [[[], [], []]]
-    claim = SimpleNamespace(dataset="digits", eps=0.2, better="adaptive", worse="pgd-at")
-    monkeypatch.setattr(lab.study, "CLAIMS", (claim,))
+    monkeypatch.setattr(lab.study, "CLAIMS", claims(lab))
     lab.study.main([*argv, "adaptive,ramp", "--final"])
     assert [[run.method for run in stage] for stage in stages[1]] == [["clean"], ["pgd-at"], ["adaptive"]]
+    # Nor for the test images, where their line has those.
+    read = {"test_natural": 0.5, "test_autoattack_images": 200}
+    option = known(lab, tmp_path / "read", *(made_up(lab, run, **read) for run in runs))
+    stages.clear()
+    lab.study.main(["--out", str(tmp_path / "b"), "--seeds", "1", *option, "--methods", "adaptive", "--final"])
+    assert stages == [[[], [], []], [[]]]
+
+
+def claims(lab):
+    return (lab.claims.Claim("digits", 0.2, "adaptive", "pgd-at", "test_autoattack", 1),)
+
+
+def test_only_what_a_claim_is_about_is_read_and_each_once(lab, tmp_path, stages, monkeypatch):
+    monkeypatch.setattr(lab.study, "CLAIMS", claims(lab))
+    read = {"test_natural": 0.5, "test_autoattack_images": 200}
+    for method in ("clean", "pgd-at", "adaptive", "ramp"):
+        for seed in (0, 1):
+            run = lab.runs.Run("digits", "digits", method, 0.2, seed)
+            folder = tmp_path / run.name
+            folder.mkdir(parents=True)
+            line = made_up(lab, run, **(read if (method, seed) == ("adaptive", 0) else {}))
+            (folder / "record.json").write_text(json.dumps(asdict(line)))
+    argv = ["--out", str(tmp_path), "--seeds", "2", "--methods", "adaptive,ramp", "--final"]
+    args = lab.study.parse_args(argv)
+    runs = lab.study.chosen("digits", args)
+    wider = replace(runs[0], arch="digits-32", method="adaptive")  # claims are about the data set's own network
+    lab.study.final([*runs, wider], args)
+    assert [(run.method, run.seed) for run in stages[0][0]] == [("pgd-at", 0), ("pgd-at", 1), ("adaptive", 1)]
+    args.autoattack_images = 100
+    with pytest.raises(lab.study.UserError, match=r"--autoattack-images must be 200, .*; got 100"):
+        lab.study.final(runs, args)
+    assert len(stages) == 1
 
 
 def test_missing_images_are_told_once_and_before_anything_is_run(lab, tmp_path, stages, capsys):
@@ -328,7 +358,7 @@ def study(folder, *more, options=TINY):
     return [str(part) for part in (*command, "--options", options)]
 
 
-def test_a_study_leaves_a_line_a_run_and_is_never_done_twice(lab, tmp_path):
+def test_a_study_leaves_a_line_a_run_and_is_never_done_twice(lab, tmp_path, monkeypatch):
     first = subprocess.run(study(tmp_path, "--methods", "adaptive"), capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     runs = lab.records.read_runs(tmp_path / "runs.csv")
@@ -347,6 +377,24 @@ def test_a_study_leaves_a_line_a_run_and_is_never_done_twice(lab, tmp_path):
     assert again.returncode == 0, again.stderr
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
     assert lab.records.read_runs(tmp_path / "runs.csv") == runs
+
+    # The final read is of the test images, and adds to the record.
+    seen = []
+
+    def on_test(model, images, eps, autoattack_images):
+        seen.append((len(images), eps, autoattack_images))
+        return {"test_natural": 0.5, "test_autoattack": 0.25, "test_autoattack_images": autoattack_images}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lab.measure, "on_test", on_test)
+        lab.one_run.read_test(lab.one_run.run_of(adaptive), tmp_path, TINY, autoattack_images=3)
+    assert seen == [(500, 0.2, 3)]
+    read = lab.one_run.record_of(lab.one_run.run_of(adaptive), tmp_path)
+    assert (read.test_natural, read.test_autoattack, read.test_autoattack_images) == (0.5, 0.25, 3)
+    assert read.apgd == pytest.approx(adaptive.apgd, abs=1e-6)
+    lab.study.write(Namespace(out=tmp_path, known=None))
+    runs = lab.records.read_runs(tmp_path / "runs.csv")
+    adaptive = next(run for run in runs if run.method == "adaptive")
 
     # Elsewhere, its lines count as done; what another method needs of them is trained again.
     elsewhere = study(tmp_path / "elsewhere", "--methods", "adaptive", "--known", tmp_path)
@@ -406,7 +454,8 @@ def test_a_failed_run_is_named_and_stops_no_other(lab, tmp_path):
         (["--options=--steps 7"], "unrecognized arguments: --steps 7"),  # of train_cktat.py, but not of a teacher's
         (["--known", "nowhere"], "argument --known: nowhere must have runs.csv and curves.csv"),
         (["--report", "nowhere"], "argument --report: nowhere must have runs.csv and curves.csv"),
-        (["--final"], "lab/claims.py has no claims"),
+        (["--final"], "lab/claims.py has no claims about these runs"),
+        (["--methods", "ramp-tau2"], "ramp-tau2 must come with --full"),
         (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     ],
 )

@@ -268,7 +268,9 @@ def test_the_final_read_has_only_what_was_read(lab) -> None:
     ours[2] = replace(ours[2], test_autoattack=None, test_autoattack_images=None)
     records = [*ours, *seeds(lab, "pgd-at", [0.9])]
     head, line = cells(lab.tables.test_table(records, "digits", 0.2))
-    assert head == ["method", "natural", "PGD-20", "APGD", "AutoAttack, first 200 images", "seeds"]
+    assert head == [
+        "method", "natural, test", "PGD-20, test", "APGD, test", "AutoAttack, first 200 test", "seeds",
+    ]  # fmt: skip
     assert line == ["ramp", "80.0 ± 0.0", "70.0 ± 0.0", "60.0 ± 0.0", "50.0 ± 0.0 (n = 2)", "3"]
     assert lab.tables.test_table(records[3:], "digits", 0.2) == ""
     records += [made_up(lab, method, **read) for method in ("adaptive-tau1", "pgd-at-warm")]
@@ -278,34 +280,50 @@ def test_the_final_read_has_only_what_was_read(lab) -> None:
 
 
 def test_claims(lab) -> None:
-    def read(method: str, values: list[float]) -> list:
-        return [made_up(lab, method, seed, test_autoattack=value) for seed, value in enumerate(values)]
+    def read(method: str, values: list[float], images: int = 200) -> list:
+        return [
+            made_up(lab, method, seed, test_autoattack=value, test_autoattack_images=images)
+            for seed, value in enumerate(values)
+        ]
 
-    claim = lab.claims.Claim("digits", 0.2, "ramp", "pgd-at", "test_autoattack")
+    claim = lab.claims.Claim("digits", 0.2, "ramp", "pgd-at", "test_autoattack", 5)
     back = replace(claim, better="pgd-at", worse="ramp")
     never = replace(claim, measure="test_natural")
     records = [*read("ramp", [0.61, 0.72, 0.83, 0.94, 1.0]), *read("pgd-at", [0.6, 0.7, 0.8, 0.9, 0.95])]
     _, *lines = cells(lab.tables.claims_table(records, [claim]))
-    assert lines == [["digits, eps 0.2", "ramp > pgd-at", "AutoAttack, test", "**+3.0 [+1.0, +5.0]**", "yes", "5"]]
+    of = "AutoAttack, first 200 test"
+    assert lines == [["digits, eps 0.2", "ramp > pgd-at", of, "**+3.0 [+1.0, +5.0]**", "yes", "5"]]
+    # Seeds beyond those that were meant do not count, and with fewer there is no verdict yet.
+    more = [replace(record, seed=5, test_autoattack=record.test_autoattack / 2) for record in records[:1]]
+    assert cells(lab.tables.claims_table([*records, *more, *read("pgd-at", [1.0] * 6)[5:]], [claim]))[1] == lines[0]
+    fewer = [*records[:4], *records[5:]]
+    assert lab.tables.claims_table(fewer, [claim]) == ""
+    assert cells(lab.tables.claims_table(fewer, [claim, replace(claim, seeds=4)]))[1][3:] == ["-", "-", "4 of 5"]
+    # Accuracies on other images are no pairs.
+    assert lab.tables.claims_table([*records[:5], *read("pgd-at", [0.6, 0.7, 0.8, 0.9, 0.95], 100)], [claim]) == ""
     # All count in the correction: of three, t at 1 - 0.05 / 6 is 3.961, and the half width 2.80.
     _, *lines = cells(lab.tables.claims_table(records, [claim, back, never]))
     assert [line[3:] for line in lines] == [
         ["**+3.0 [+0.2, +5.8]**", "yes", "5"],
         ["**−3.0 [−5.8, −0.2]**", "no", "5"],
-        ["-", "-", "0"],
+        ["-", "-", "0 of 5"],
     ]
+    # Of thirty, t at 1 - 0.05 / 60 is 7.3: an interval with 0 in it shows nothing either way.
+    assert cells(lab.tables.claims_table(records, [claim] * 30))[1][4] == "not shown"
     assert lab.tables.claims_table(records, [claim]).endswith(" |\n\n95 % for the interval.\n")
     assert lab.tables.claims_table(records, [never]) == ""
     assert lab.tables.claims_table(records, []) == ""
     assert {*lab.claims.MEASURES} < {field.name for field in fields(lab.records.Record)}
-    with pytest.raises(ValueError, match=r"measure must be one of natural, .*; got 'autoattack'"):
-        replace(claim, measure="autoattack")
+    wrong = {"measure": "natural", "dataset": "digit", "better": "adaptiv", "worse": "x"}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name} must be one of .*; got '{value}'"):
+            replace(claim, **{name: value})
 
 
 def test_readme_adds_the_test_images_once_they_are_read(lab) -> None:
     claims = [
-        lab.claims.Claim("digits", 0.2, "ramp", "pgd-at", "test_autoattack"),
-        lab.claims.Claim("mnist5k", 0.3, "ramp", "pgd-at", "test_apgd"),
+        lab.claims.Claim("digits", 0.2, "ramp", "pgd-at", "test_autoattack", 1),
+        lab.claims.Claim("mnist5k", 0.3, "ramp", "pgd-at", "test_apgd", 1),
     ]
     digits = [*seeds(lab, "ramp", [0.7, 0.7]), *seeds(lab, "pgd-at", [0.6])]
     mnist = seeds(lab, "ramp", [0.5], dataset="mnist5k", eps=0.3)
@@ -316,12 +334,12 @@ def test_readme_adds_the_test_images_once_they_are_read(lab) -> None:
         ["pgd-at", "90.0", "60.0", "-", "-", "1 / 0"],
         ["ramp", "90.1 ± 0.1", "70.0 ± 0.0", "90.0", "50.0", "2 / 1"],
     ]
-    digits[0] = replace(digits[0], test_natural=0.8, test_autoattack=0.4)
+    digits[0] = replace(digits[0], natural=0.1, test_natural=0.8, test_autoattack=0.4, test_autoattack_images=200)
     head, *lines = cells(lab.tables.compact_table([*digits, *mnist], claims))
-    assert head[3:5] == ["digits, eps 0.2, AutoAttack, test", "mnist5k, eps 0.3, natural, validation"]
+    assert head[3:5] == ["digits, eps 0.2, AutoAttack, first 200 test", "mnist5k, eps 0.3, natural, validation"]
     assert lines == [
         ["pgd-at", "90.0", "60.0", "-", "-", "-", "1 / 0"],
-        ["ramp", "90.1 ± 0.1", "70.0 ± 0.0", "40.0", "90.0", "50.0", "2 / 1"],
+        ["ramp", "50.1 ± 56.7 (1 of 2 collapsed)", "70.0 ± 0.0", "40.0 (n = 1)", "90.0", "50.0", "2 / 1"],
     ]
     assert lab.tables.compact_table([], claims) == ""
 
@@ -410,17 +428,22 @@ def test_trade_off_says_which_images(lab) -> None:
     digits += seeds(lab, "literal", [0.1, 0.1], natural=0.1) + seeds(lab, "clean", [0.0])
     mnist = seeds(lab, "ramp", [0.5], dataset="mnist5k", eps=0.3, **read)
     mnist += seeds(lab, "adaptive", [0.5, 0.5], dataset="mnist5k", eps=0.3)
-    left, right = lab.figures.trade_off([*digits, *mnist]).axes
-    assert left.get_ylabel() == "accuracy under APGD, validation images"
-    assert right.get_ylabel() == "accuracy under AutoAttack, first 200 test images"
-    assert right.get_xlabel() == "natural accuracy, test images"
+    claims = [lab.claims.Claim("mnist5k", 0.3, "ramp", "pgd-at", "test_autoattack", 1)]
+    left, right = lab.figures.trade_off([*digits, *mnist], claims).axes
+    assert left.get_ylabel() == "accuracy: APGD, validation images"
+    assert left.get_xlabel() == "accuracy: natural, validation images"
+    assert right.get_ylabel() == "accuracy: AutoAttack, first 200 test images"
+    assert right.get_xlabel() == "accuracy: natural, test images"
     shown = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in left.containers}
     assert list(shown) == methods  # without those at chance, which would squeeze them
     assert shown["pgd-at"] == pytest.approx([0.981, 0.705])
     assert [bar.get_label() for bar in right.containers] == ["ramp"]  # the only one that was read
     assert right.containers[0].lines[0].get_xydata().tolist() == [[0.8, 0.4]]
     assert "Not shown: clean 90.0 / 0.0, literal 10.1 / 10.0" in [text.get_text() for text in left.texts]
-    assert lab.figures.trade_off([]) is None
+    other = [replace(claims[0], measure="test_apgd"), *claims]
+    mnist[0] = replace(mnist[0], test_apgd=0.6)
+    assert lab.figures.trade_off(mnist, other).axes[0].get_ylabel() == "accuracy: APGD, test images"
+    assert lab.figures.trade_off([], claims) is None
 
 
 def test_labels_do_not_overlap(lab) -> None:
@@ -428,7 +451,7 @@ def test_labels_do_not_overlap(lab) -> None:
     methods = [*lab.runs.MAIN, *lab.runs.CONTROLS]
     records = [made_up(lab, method, 0, 0.98 + i / 5000, 0.7 + i / 500) for i, method in enumerate(methods)]
     records[2] = replace(records[2], natural=0.8, apgd=0.4)
-    figure = lab.figures.trade_off(records)
+    figure = lab.figures.trade_off(records, [])
     renderer = figure.canvas.get_renderer()
     panel = figure.axes[0]
     boxes = {}
@@ -573,9 +596,9 @@ def test_the_skeleton_has_all_blocks(lab) -> None:
         for dataset in lab.runs.SETTINGS
         for run in lab.runs.grid("full", dataset, None, 2)
     ]
-    claims = [lab.claims.Claim("digits", 0.2, "adaptive", "pgd-at", "test_autoattack")]
+    claims = [lab.claims.Claim("digits", 0.2, "adaptive", "pgd-at", "test_autoattack", 2)]
     blocks = lab.report.study_blocks(records, claims)
-    assert len(blocks) == 16
+    assert len(blocks) == 19
     assert all(blocks.values())
     text = lab.report.STUDY.read_text()
     for name, content in blocks.items():

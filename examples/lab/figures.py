@@ -9,10 +9,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from quickstart_extras import BLUE, INK, MUTED, ORANGE
 
 from lab import labels, runs
+from lab.claims import Claim, measures
 from lab.records import Epoch, Record
-from lab.selection import by_method, read_on_test, values
+from lab.selection import by_method, values
 from lab.statistics import mean, sd
-from lab.tables import radius
+from lab.tables import measured, radius
 
 # Okabe and Ito's, which people with any colour vision tell apart; without the yellow, too pale for lines on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -44,29 +45,28 @@ def sweeps(records: Sequence[Record], dataset: str = "digits") -> Figure | None:
     return figure
 
 
-def trade_off(records: Sequence[Record]) -> Figure | None:
+def trade_off(records: Sequence[Record], claims: Sequence[Claim]) -> Figure | None:
     """Natural against robust accuracy, a panel a data set, a point a method; the bars are ±1 sd over seeds.
 
-    On the test images of a data set once they have been read, for the methods that they were read for, else on the
-    validation images: the axes say which. Methods of which a run has less than half of the best mean in either are
-    named in a line under the panel.
+    On the test images of a data set once they have been read, for what the claims about it are of and for the methods
+    that they are about; else on the validation images: the axes say which. Methods of which a run has less than half
+    of the best mean in either are named in a line under the panel.
     """
     panels = {}
     for dataset, setting in runs.SETTINGS.items():
         found = by_method(records, dataset, setting.eps[0])
-        read = read_on_test(found)
-        if shown := {method: of for method in _order() if (of := (read or found).get(method))}:
-            panels[dataset] = shown, bool(read)
+        for robust in (*measures(dataset, claims), "apgd"):
+            if shown := {method: of for method in _order() if values(of := found.get(method, []), robust)}:
+                panels[dataset] = shown, robust
+                break
     if not panels:
         return None
     figure = _figure(5.6 * len(panels), 4.8)
     plots = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (dataset, (shown, final)) in zip(plots, panels.items(), strict=True):
-        measures = ("test_natural", "test_autoattack") if final else ("natural", "apgd")
-        where, attack = ("test", "AutoAttack") if final else ("validation", "APGD")
-        some = sorted({n for of in shown.values() for n in values(of, "test_autoattack_images")}) if final else []
-        attacked = f"first {' or '.join(f'{n:.0f}' for n in some)} {where} images" if some else f"{where} images"
-        points = {method: [values(of, measure) for measure in measures] for method, of in shown.items()}
+    for axes, (dataset, (shown, robust)) in zip(plots, panels.items(), strict=True):
+        both = ("test_natural" if robust.startswith("test_") else "natural", robust)
+        points = {method: [values(of, measure) for measure in both] for method, of in shown.items()}
+        along, up = (measured(name, [record for of in shown.values() for record in of]) for name in both)
         # They would squeeze all others into a corner.
         half = [max(mean(xy[i]) for xy in points.values()) / 2 for i in (0, 1)]
         outside = {
@@ -77,10 +77,10 @@ def trade_off(records: Sequence[Record]) -> Figure | None:
                 fill = "white" if method in runs.CONTROLS else None
                 bars = {"xerr": sd(x) or 0, "yerr": sd(y) or 0, "elinewidth": 0.9}
                 axes.errorbar(mean(x), mean(y), fmt="o", ms=6, mfc=fill, color=_color(method), label=method, **bars)
-        _finish(axes, f"{dataset}, eps {radius(runs.SETTINGS[dataset].eps[0])}", f"natural accuracy, {where} images")
+        _finish(axes, f"{dataset}, eps {radius(runs.SETTINGS[dataset].eps[0])}", f"accuracy: {along} images")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.set_ylabel(f"accuracy under {attack}, {attacked}", color=MUTED)
+        axes.set_ylabel(f"accuracy: {up} images", color=MUTED)
         axes.margins(0.14)
         if outside:
             listed = ", ".join(f"{method} {_pair(*xy)}" for method, xy in outside.items())

@@ -48,9 +48,11 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
-def all_figures(records: Sequence[Record], curves: Sequence[Epoch]) -> dict[str, Figure]:
+def all_figures(
+    records: Sequence[Record], curves: Sequence[Epoch], claims: Sequence[Claim] = CLAIMS
+) -> dict[str, Figure]:
     """Those that can be drawn, by name of file."""
-    drawn = {"sweeps": figures.sweeps(records), "trade_off": figures.trade_off(records)}
+    drawn = {"sweeps": figures.sweeps(records), "trade_off": figures.trade_off(records, claims)}
     for dataset, setting in runs.SETTINGS.items():
         eps = setting.eps[0]
         drawn[f"collapse_and_rescue-{dataset}"] = figures.collapse_and_rescue(curves, dataset, eps)
@@ -66,6 +68,7 @@ def study_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) ->
         here = [record for record in records if (record.dataset, record.arch) == (dataset, setting.arch)]
         for name, table in (("main", tables.main_table), ("differences", tables.difference_table)):
             blocks[f"{name}-{dataset}"] = tables.each_radius(table, records, dataset)
+        blocks[f"controls-{dataset}"] = tables.difference_table(records, dataset, setting.eps[0], "adaptive")
         blocks[f"search-{dataset}"] = tables.search_table(records, dataset)
         if blocks[f"main-{dataset}"]:
             blocks[f"main-{dataset}"] += f"\n{setting.validation} validation images; {tables.provenance(here)}"
@@ -73,7 +76,12 @@ def study_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) ->
         "ablation": tables.ablation_table(records),
         "tau": tables.tau_table(records),
         "beta": tables.beta_table(records),
-        "capacity": tables.captioned({dataset: tables.capacity_table(records, dataset) for dataset in runs.SETTINGS}),
+        "capacity": tables.captioned(
+            {
+                f"{dataset}, eps {tables.radius(setting.eps[0])}": tables.capacity_table(records, dataset)
+                for dataset, setting in runs.SETTINGS.items()
+            }
+        ),
         "test": tables.captioned(
             {
                 f"{dataset}, eps {tables.radius(eps)}": tables.test_table(records, dataset, eps)
@@ -83,7 +91,7 @@ def study_blocks(records: Sequence[Record], claims: Sequence[Claim] = CLAIMS) ->
         ),
         "claims": tables.claims_table(records, claims),
     }
-    below = ("differences-", "search-")
+    below = ("differences-", "controls-", "search-")
     return {name: text or ("" if name.startswith(below) else NOT_RUN) for name, text in blocks.items()}
 
 

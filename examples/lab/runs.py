@@ -113,7 +113,9 @@ for _beta in BETAS:
 # Sweeps pass through ramp itself.
 del METHODS["ramp-tau5"], METHODS["ramp-beta6"]
 # What the search for a recipe tried, each a single change.
-OURS, COLD, AT, WARM = (METHODS[name].options for name in ("adaptive", "adaptive-cold", "pgd-at", "pgd-at-warm"))
+OURS, COLD, AT, WARM, TRADES = (
+    METHODS[name].options for name in ("adaptive", "adaptive-cold", "pgd-at", "pgd-at-warm", "trades")
+)
 METHODS |= {
     "pgd-at-lr0.03": Method("PGD-AT, a third of the learning rate", f"{AT} --lr 0.03"),
     "pgd-at-longer": Method("PGD-AT for twice the epochs", AT, longer=2),
@@ -126,6 +128,9 @@ METHODS |= {
         OURS,
         {"one_hot": True, "mixing": False, "mean_1": True},
     ),
+    "trades-lr0.03": Method("TRADES, a third of the learning rate", f"{TRADES} --lr 0.03"),
+    "trades-lr0.3": Method("TRADES, three times the learning rate", f"{TRADES} --lr 0.3"),
+    "trades-longer": Method("TRADES for twice the epochs", TRADES, longer=2),
     "adaptive-cold-lr0.03": Method("from random weights, a third of the learning rate", f"{COLD} --lr 0.03"),
     "adaptive-cold-lr0.3": Method("from random weights, three times the learning rate", f"{COLD} --lr 0.3"),
     "adaptive-cold-longer": Method("from random weights, twice the epochs", COLD, longer=2),
@@ -163,6 +168,7 @@ TAU_SWEEP = tuple("ramp" if tau == 5 else f"ramp-tau{tau}" for tau in TAUS)
 BETA_SWEEP = tuple("ramp" if beta == 6 else f"ramp-beta{beta}" for beta in BETAS)
 SEARCH = tuple(METHODS)[list(METHODS).index("pgd-at-lr0.03") :]
 SEARCH_SEEDS = 2
+STEPS = ("adaptive-normalized", "pgd-at-weighted-mean-1")  # of these, all: what they show carries a finding
 CAPACITY = ("clean", "pgd-at", "teacher-only", "ramp", "adaptive")
 WIDTHS = ("digits-4", "digits", "digits-32")  # of the digits net, 16 in the middle
 LARGER = ("clean", "pgd-at", "adaptive", "adaptive-cold")  # at the largest width on mnist5k too, as a search
@@ -193,7 +199,7 @@ def grid(profile: str, dataset: str, arch: str | None, seeds: int) -> Iterator[R
     if profile == "full":
         plan += [(arch, SEARCH, setting.eps[:1], min(seeds, SEARCH_SEEDS)), (arch, MAIN, setting.eps[1:], seeds)]
     if profile == "full" and dataset == "digits":
-        plan += [(arch, (*ABLATION, *TAU_SWEEP, *BETA_SWEEP), setting.eps[:1], seeds)]
+        plan += [(arch, (*STEPS, *ABLATION, *TAU_SWEEP, *BETA_SWEEP), setting.eps[:1], seeds)]
         plan += [(width, CAPACITY, setting.eps[:1], seeds) for width in WIDTHS]
     if profile == "full" and dataset == "mnist5k":
         plan += [(WIDTHS[-1], LARGER, setting.eps[:1], min(seeds, SEARCH_SEEDS))]

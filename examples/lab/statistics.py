@@ -58,11 +58,13 @@ def paired_differences(records: Iterable[Record], method: str, against: str, mea
     Raises:
         ValueError: a method has two runs with the same data set, network, radius and seed.
     """
-    sides: dict[str, dict[tuple[str, str, float, int], float]] = {method: {}, against: {}}
+    sides: dict[str, dict[tuple[object, ...], float]] = {method: {}, against: {}}
     for record in records:
         value = getattr(record, measure)
         if record.method in sides and value is not None:
-            key = (record.dataset, record.arch, float(f"{record.eps:.6g}"), record.seed)
+            key: tuple[object, ...] = (record.dataset, record.arch, float(f"{record.eps:.6g}"), record.seed)
+            if measure == "test_autoattack":  # two accuracies on other images are no pair
+                key += (record.test_autoattack_images,)
             if key in sides[record.method]:
                 raise ValueError(
                     f"records must hold a run once, got two of {record.method} with {record.dataset}, {record.arch}, "

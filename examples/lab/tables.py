@@ -10,7 +10,7 @@ from pathlib import Path
 from checkpoint import replacing
 
 from lab import runs
-from lab.claims import Claim
+from lab.claims import MEASURES, Claim, measures
 from lab.records import Record
 from lab.selection import by_method, read_on_test, same_eps, values
 from lab.statistics import LEVEL, Difference, interval, mean, paired_differences, sd
@@ -82,6 +82,14 @@ def radius(eps: float) -> str:
     return f"{round(255 * eps)}/255" if same_eps(round(255 * eps) / 255, eps) and eps < 0.1 else f"{eps:g}"
 
 
+def measured(name: str, records: Iterable[Record]) -> str:
+    """What is measured and on which images: AutoAttack is on the first so many."""
+    images = "test" if name.startswith("test_") else "validation"
+    counts = sorted({*values(records, "test_autoattack_images")}) if name == "test_autoattack" else []
+    first = f"first {' or '.join(f'{count:g}' for count in counts)} " if counts else ""
+    return f"{NAMES[name]}, {first}{images}"
+
+
 # Tables.
 
 
@@ -149,7 +157,7 @@ def search_table(records: Sequence[Record], dataset: str) -> str:
     here = [record for of in found.values() for record in of]
     lines = []
     for method in (m for m in runs.SEARCH if m in found):
-        bases = ("pgd-at-warm", "pgd-at-weighted", BASELINE, "adaptive-cold", "adaptive")
+        bases = ("pgd-at-warm", "pgd-at-weighted", BASELINE, "trades", "adaptive-cold", "adaptive")
         base = next(name for name in bases if method.startswith(name))
         changes = [paired_differences(here, method, base, measure) for measure in ("natural", "apgd")]
         cells = [signed(mean(of)) if of else "-" for of in changes]
@@ -194,38 +202,36 @@ def capacity_table(records: Sequence[Record], dataset: str = "digits") -> str:
 def test_table(records: Iterable[Record], dataset: str, eps: float) -> str:
     """A line a method whose test images were read."""
     found = read_on_test(by_method(records, dataset, eps))
-    measures = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack")
     # A claim can be about any method.
     methods = dict.fromkeys((*_main(found), *found))
-    lines = [[*_accuracies(method, found[method], measures), len(found[method])] for method in methods]
-    images = {count for of in found.values() for record in of if (count := record.test_autoattack_images) is not None}
-    head = [NAMES[measure] for measure in measures]
-    if images:
-        head[-1] += f", first {' or '.join(map(str, sorted(images)))} images"
-    return markdown(["method", *head, "seeds"], lines)
+    lines = [[*_accuracies(method, found[method], MEASURES), len(found[method])] for method in methods]
+    here = [record for of in found.values() for record in of]
+    return markdown(["method", *(measured(name, here) for name in MEASURES), "seeds"], lines)
 
 
 def claims_table(records: Sequence[Record], claims: Sequence[Claim]) -> str:
     """A line a claim, once one of them can be judged; the intervals are corrected for all of them.
 
-    A claim holds where the whole interval is above 0.
+    A claim holds where the whole interval is above 0, and is refuted where all of it is below.
     """
     lines, judged = [], False
     for claim in claims:
         found = by_method(records, claim.dataset, claim.eps)
-        here = [*found.get(claim.better, []), *found.get(claim.worse, [])]
+        both = [*found.get(claim.better, []), *found.get(claim.worse, [])]
+        here = [record for record in both if record.seed < claim.seeds]
         differences = paired_differences(here, claim.better, claim.worse, claim.measure)
         where = [
             f"{claim.dataset}, eps {radius(claim.eps)}",
             f"{claim.better} > {claim.worse}",
-            _measure(claim.measure),
+            measured(claim.measure, here),
         ]
-        if not differences:
-            lines.append([*where, "-", "-", 0])
+        if len(differences) < claim.seeds:
+            lines.append([*where, "-", "-", f"{len(differences)} of {claim.seeds}"])
             continue
         judged = True
         result = interval(differences, len(claims))
-        verdict = "-" if result.low is None else "yes" if result.low > 0 else "no"
+        low, high = result.low or 0, result.high or 0
+        verdict = "yes" if low > 0 else "no" if high < 0 else "not shown"
         lines.append([*where, difference(result), verdict, len(differences)])
     table = markdown(["where", "claim", "of", "difference", "holds", "pairs"], lines if judged else [])
     return table and table + _level(len(claims))
@@ -236,20 +242,21 @@ def compact_table(records: Sequence[Record], claims: Sequence[Claim]) -> str:
     once the test images are read, there what the claims are about, of the methods that they are about."""
     found = {dataset: by_method(records, dataset, setting.eps[0]) for dataset, setting in runs.SETTINGS.items()}
     found = {dataset: of for dataset, of in found.items() if of}
-    columns = []
+    columns, head = [], []
     for dataset, of in found.items():
-        about = dict.fromkeys(claim.measure for claim in claims if claim.dataset == dataset)
-        read = [measure for measure in about if any(values(some, measure) for some in of.values())]
-        columns += [(dataset, measure) for measure in ("natural", "apgd", *read)]
+        here = [record for some in of.values() for record in some]
+        for name in ("natural", "apgd", *(name for name in measures(dataset, claims) if values(here, name))):
+            columns.append((dataset, name))
+            head.append(f"{dataset}, eps {radius(runs.SETTINGS[dataset].eps[0])}, {measured(name, here)}")
     lines = []
     for method in dict.fromkeys((*runs.MAIN, *runs.CONTROLS)):
         cells = {dataset: of.get(method, []) for dataset, of in found.items()}
         if any(cells.values()):
-            means = [percent(values(cells[dataset], measure)) for dataset, measure in columns]
-            everything = [record for of in cells.values() for record in of]
-            lines.append([named(method, everything), *means, _counts([*cells.values()])])
-    heads = [f"{dataset}, eps {radius(runs.SETTINGS[dataset].eps[0])}, {_measure(name)}" for dataset, name in columns]
-    return markdown(["accuracy in %", *heads, "seeds"], lines)
+            texts = [percent(values(cells[dataset], name), len(cells[dataset])) for dataset, name in columns]
+            for i, (dataset, name) in enumerate(columns):
+                texts[i] = named(texts[i], cells[dataset]) if name == "natural" else texts[i]
+            lines.append([method, *texts, _counts([*cells.values()])])
+    return markdown(["accuracy in %", *head, "seeds"], lines)
 
 
 def agreement(
@@ -324,11 +331,6 @@ def _list(records: Sequence[Record], dataset: str, labels: dict[str, str], head:
     enough = sum(method in found for method in labels) > 1
     what = ["what it is"] if about else []
     return markdown([head, *what, "natural", "PGD-20", "APGD", "seeds"], lines if enough else [])
-
-
-def _measure(name: str) -> str:
-    images = "test" if name.startswith("test_") else "validation"
-    return f"{NAMES.get(name, name.removeprefix('test_'))}, {images}"
 
 
 def _level(comparisons: int) -> str:
