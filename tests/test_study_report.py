@@ -325,7 +325,7 @@ def test_readme_adds_the_test_images_once_they_are_read(lab) -> None:
         lab.claims.Claim("digits", 0.2, "ramp", "pgd-at", "test_autoattack", 1),
         lab.claims.Claim("mnist5k", 0.3, "ramp", "pgd-at", "test_apgd", 1),
     ]
-    digits = [*seeds(lab, "ramp", [0.7, 0.7]), *seeds(lab, "pgd-at", [0.6])]
+    digits = [*seeds(lab, "ramp", [0.7, 0.7]), *seeds(lab, "pgd-at", [0.6]), *seeds(lab, "pgd-at-warm", [0.5])]
     mnist = seeds(lab, "ramp", [0.5], dataset="mnist5k", eps=0.3)
     head, *lines = cells(lab.tables.compact_table([*digits, *mnist], claims))
     assert head[1:3] == ["digits, eps 0.2, natural, validation", "digits, eps 0.2, APGD, validation"]

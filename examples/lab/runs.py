@@ -65,6 +65,9 @@ METHODS = {
     "adaptive": Method("detach, tau 2, and beta_i = 6 softmax(S(x'))[y]", "--recipe ours"),
     # Controls.
     "adaptive-cold": Method("adaptive from random weights", "--recipe ours --no-warm-start"),
+    "adaptive-clean-guidance": Method(
+        "adaptive with guidance on clean images too", "--recipe ours", {"clean_guidance": 1.0}
+    ),
     "adaptive-one-hot": Method("adaptive with labels in place of the teacher", "--recipe ours", {"one_hot": True}),
     "pgd-at-lr0.3": Method("PGD-AT, three times the learning rate", "--method pgd-at --no-warm-start --lr 0.3"),
     "pgd-at-times-5": Method(
@@ -141,7 +144,6 @@ METHODS |= {
     "adaptive-tau1": Method("the teacher as it is, tau 1", f"{OURS} --tau 1"),
     "adaptive-tau5": Method("a softer teacher, tau 5", f"{OURS} --tau 5"),
     "adaptive-beta2": Method("beta_i = 2 softmax(S(x'))[y]", f"{OURS} --beta 2"),
-    "adaptive-clean-guidance": Method("guidance on clean images too", OURS, {"clean_guidance": 1.0}),
     "adaptive-label": Method("plus the cross-entropy with the label", OURS, {"label": 1.0}),
     "adaptive-logit-penalty": Method("plus 0.01 times the mean square logit", OURS, {"logit_penalty": 0.01}),
     "adaptive-20-steps": Method("a training attack of 20 steps instead of 10", f"{OURS} --steps 20"),
@@ -153,6 +155,7 @@ METHODS |= {
 MAIN = ("clean", "pgd-at", "trades", "literal", "detach", "ramp", "adaptive")
 CONTROLS = (
     "adaptive-cold",
+    "adaptive-clean-guidance",
     "adaptive-one-hot",
     "pgd-at-lr0.3",
     "pgd-at-times-5",

@@ -238,8 +238,8 @@ def claims_table(records: Sequence[Record], claims: Sequence[Claim]) -> str:
 
 
 def compact_table(records: Sequence[Record], claims: Sequence[Claim]) -> str:
-    """A line a method; of each data set at its first radius natural accuracy and APGD on the validation images, and,
-    once the test images are read, there what the claims are about, of the methods that they are about."""
+    """A line a main method, and each that a claim is about; of each data set, at its first radius, natural accuracy and
+    APGD on the validation images, and what the claims are of on the test images, where those have been read."""
     found = {dataset: by_method(records, dataset, setting.eps[0]) for dataset, setting in runs.SETTINGS.items()}
     found = {dataset: of for dataset, of in found.items() if of}
     columns, head = [], []
@@ -249,7 +249,7 @@ def compact_table(records: Sequence[Record], claims: Sequence[Claim]) -> str:
             columns.append((dataset, name))
             head.append(f"{dataset}, eps {radius(runs.SETTINGS[dataset].eps[0])}, {measured(name, here)}")
     lines = []
-    for method in dict.fromkeys((*runs.MAIN, *runs.CONTROLS)):
+    for method in dict.fromkeys((*runs.MAIN, *(name for claim in claims for name in (claim.better, claim.worse)))):
         cells = {dataset: of.get(method, []) for dataset, of in found.items()}
         if any(cells.values()):
             texts = [percent(values(cells[dataset], name), len(cells[dataset])) for dataset, name in columns]
