@@ -280,6 +280,18 @@ def test_what_is_known_is_trained_again_only_where_its_network_is_needed(lab, tm
     assert stages == [[[], [], []], [[]]]
 
 
+def test_a_report_of_fewer_runs_is_refused_and_loses_none(lab, tmp_path, monkeypatch, capsys):
+    runs = [lab.runs.Run("digits", "digits", method, 0.2, 0) for method in ("pgd-at", "ramp")]
+    known(lab, tmp_path / "page", *(made_up(lab, run) for run in runs))
+    known(lab, tmp_path / "new", made_up(lab, runs[0]))
+    monkeypatch.setattr(lab.study, "RESULTS", tmp_path / "page")
+    before = (tmp_path / "page/runs.csv").read_bytes()
+    assert lab.study.main(["--report", str(tmp_path / "new")]) == 2
+    assert "lacks 1 runs of" in (message := capsys.readouterr().err)
+    assert "digits/digits/ramp-eps0.2-seed0 for one: take them in first" in message
+    assert (tmp_path / "page/runs.csv").read_bytes() == before
+
+
 def claims(lab):
     return (lab.claims.Claim("digits", 0.2, "adaptive", "pgd-at", "test_autoattack", 1),)
 

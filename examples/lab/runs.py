@@ -171,7 +171,7 @@ TAU_SWEEP = tuple("ramp" if tau == 5 else f"ramp-tau{tau}" for tau in TAUS)
 BETA_SWEEP = tuple("ramp" if beta == 6 else f"ramp-beta{beta}" for beta in BETAS)
 SEARCH = tuple(METHODS)[list(METHODS).index("pgd-at-lr0.03") :]
 SEARCH_SEEDS = 2
-STEPS = ("adaptive-normalized", "pgd-at-weighted-mean-1")  # of these, all: what they show carries a finding
+STEPS = ("adaptive-normalized", "pgd-at-weighted-mean-1")  # of the search, but with all seeds: a finding rests on them
 CAPACITY = ("clean", "pgd-at", "teacher-only", "ramp", "adaptive")
 WIDTHS = ("digits-4", "digits", "digits-32")  # of the digits net, 16 in the middle
 LARGER = ("clean", "pgd-at", "adaptive", "adaptive-cold")  # at the largest width on mnist5k too, as a search
