@@ -151,12 +151,18 @@ def known(args: argparse.Namespace) -> tuple[list[records.Record], list[records.
 def print_tables(args: argparse.Namespace) -> None:
     """The main tables of what is done, and where docs/study.md has other numbers than what was done here."""
     own, here = [record for record, _ in finished(args.out)], records.read_runs(args.out / "runs.csv")
-    there = records.read_runs(RESULTS / "runs.csv") if (RESULTS / "runs.csv").exists() else []
+    there = published()
     for dataset in args.datasets:
         for eps in SETTINGS[dataset].eps:
             if by_method(here, dataset, eps, args.arch):
                 print(f"\n{dataset}, eps {eps:g}, validation images\n\n{main_table(here, dataset, eps, args.arch)}")
                 print(agreement(own, there, dataset, eps, args.arch))
+
+
+def published() -> list[records.Record]:
+    """The runs that docs/study.md is made of."""
+    path = RESULTS / "runs.csv"
+    return records.read_runs(path) if path.exists() else []
 
 
 def publish(folder: Path) -> None:
@@ -168,8 +174,7 @@ def publish(folder: Path) -> None:
     """
     new = {run_of(line).name for line in records.read_runs(folder / "runs.csv")}
     records.read_curves(folder / "curves.csv")
-    old = records.read_runs(RESULTS / "runs.csv") if (RESULTS / "runs.csv").exists() else []
-    if lost := [name for line in old if (name := run_of(line).name) not in new]:
+    if lost := [name for line in published() if (name := run_of(line).name) not in new]:
         raise UserError(
             f"{folder / 'runs.csv'} lacks {len(lost)} runs of {RESULTS / 'runs.csv'}, {lost[0]} for one: "
             f"take them in first, with the study's command and --known {RESULTS}"

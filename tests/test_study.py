@@ -320,9 +320,8 @@ def test_only_what_a_claim_is_about_is_read_and_each_once(lab, tmp_path, stages,
 
 def test_missing_images_are_told_once_and_before_anything_is_run(lab, tmp_path, stages, capsys):
     out = tmp_path / "out"
-    assert (
-        lab.study.main(["--dataset", "cifar10", "--seeds", "1", "--out", str(out), f"--options=--data {tmp_path}"]) == 2
-    )
+    argv = ["--dataset", "cifar10", "--seeds", "1", "--out", str(out), f"--options=--data {tmp_path}"]
+    assert lab.study.main(argv) == 2
     assert capsys.readouterr().err.startswith(f"error: CIFAR10 is missing or damaged in {tmp_path}: add --download")
     assert not stages
     assert not out.exists()
