@@ -1,12 +1,12 @@
 """The CKTAT loss for adversarial training (arXiv 2504.00038)."""
 
 from cktat_loss import functional
+from cktat_loss.autograd import CKTATTerms
 from cktat_loss.loss import CKTATLoss
-from cktat_loss.ops import CKTATTerms
-from cktat_loss.schedules import adaptive_beta
 from cktat_loss.warm_start import WarmStartReport, warm_start
+from cktat_loss.weights import adaptive_beta
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CKTATLoss",

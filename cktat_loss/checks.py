@@ -35,15 +35,17 @@ def beta(value: float) -> float:
     return value
 
 
-def reduction(value: str) -> None:
-    choice("reduction", value, ("mean", "sum", "none"))
+def reduction(value: str) -> str:
+    if isinstance(value, str) and value == "batchmean":
+        raise ValueError("reduction must be 'mean', which is torch's 'batchmean': the mean over the batch alone")
+    return choice("reduction", value, ("mean", "sum", "none"))
 
 
-def backend(value: str, *logits: Tensor) -> None:
+def backend(value: str, *logits: Tensor) -> str:
     """A known backend that, where it insists on Triton, can serve all of ``logits``."""
     choice("backend", value, ("auto", "triton", "torch"))
     if value != "triton":
-        return
+        return value
     if not logits and not kernels.is_available():
         raise RuntimeError(f"backend='triton' is not available here: {TRITON_NEEDS}")
     for name, x in zip(("clean_logits", "adv_logits", "teacher_logits"), logits, strict=False):
@@ -51,11 +53,13 @@ def backend(value: str, *logits: Tensor) -> None:
             raise TypeError(f"backend='triton' takes half and single precision, got {name}: {describe(x)}")
         if not kernels.supports(x):
             raise RuntimeError(f"backend='triton' is not available for {name}, {describe(x)}: {TRITON_NEEDS}")
+    return value
 
 
-def choice(name: str, got: object, choices: tuple[str, ...]) -> None:
-    if got not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {got!r}")
+def choice(name: str, got: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(got, str) or got not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {describe(got)}")
+    return got
 
 
 def number(name: str, value: object) -> float:
@@ -68,26 +72,29 @@ def number(name: str, value: object) -> float:
 
 
 def logits(clean: Tensor, adv: Tensor, teacher: Tensor) -> None:
-    named = (("clean_logits", clean), ("adv_logits", adv), ("teacher_logits", teacher))
-    for name, x in named:
+    one_logits("clean_logits", clean)
+    shape, device = clean.shape, clean.device
+    for name, x in (("adv_logits", adv), ("teacher_logits", teacher)):
         one_logits(name, x)
-    for name, x in named[1:]:
-        if x.shape != clean.shape:
-            raise ValueError(f"{name} must have the shape of clean_logits, {tuple(clean.shape)}, got {describe(x)}")
-        if x.device != clean.device:
-            raise ValueError(f"{name} must be on the device of clean_logits, {clean.device}, got {describe(x)}")
+        if x.shape != shape:
+            raise ValueError(f"{name} must have the shape of clean_logits, {tuple(shape)}, got {describe(x)}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on the device of clean_logits, {device}, got {describe(x)}")
 
 
 def one_logits(name: str, x: Tensor) -> None:
     """Dense floating (N, C) with C >= 1."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of logits (N, C), got {describe(x)}")
+        has_logits = isinstance(getattr(x, "logits", None), Tensor)
+        got = f"a {type(x).__name__}: pass its .logits" if has_logits else describe(x)
+        raise TypeError(f"{name} must be a tensor of logits (N, C), got {got}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(x)}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {describe(x)} with layout {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor (N, C), got {describe(x)}")
     if x.ndim != 2:
-        raise ValueError(f"{name} must have shape (N, C), got {describe(x)}")
+        hint = ": pass logits.movedim(1, -1).flatten(0, -2)" if x.ndim > 2 else ""
+        raise ValueError(f"{name} must have shape (N, C), got {describe(x)}{hint}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one class, got {describe(x)}")
 
@@ -99,53 +106,54 @@ def labels(y: Tensor, of: Tensor) -> None:
     if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"y must be an integer tensor, got {describe(y)}")
     if y.shape != of.shape[:1]:
-        raise ValueError(f"y must have shape ({of.shape[0]},), one label a sample, got {describe(y)}")
+        raise ValueError(f"y must have shape ({of.shape[0]},), a label for each sample, got {describe(y)}")
     if y.device != of.device:
         raise ValueError(f"y must be on the device of adv_logits, {of.device}, got {describe(y)}")
+    # Looking costs nothing on an eager CPU only; elsewhere such a label gives NaN.
+    if y.device.type == "cpu" and type(y) is Tensor and y.numel() and not _is_traced():
+        lowest, highest = y.min().item(), y.max().item()
+        if lowest < 0 or highest >= of.shape[1]:
+            found = lowest if lowest < 0 else highest
+            raise ValueError(f"y must hold labels from 0 to {of.shape[1] - 1}, got {found}")
 
 
-def sample_weights(name: str, value: float | Tensor, of: Tensor) -> float | Tensor:
-    """A number >= 0, or a floating tensor, 0-d or (N,), that takes no gradient, for the logits ``of``."""
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def sample_weights(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> float | Tensor:
+    """beta: a number >= 0, or without labels a floating tensor, 0-d or (N,), that takes no gradient."""
     if not isinstance(value, Tensor):
         return beta(value)
-    _floating(name, value, of)
+    if y is not None:
+        raise TypeError(f"beta must be a number where y gives the weights of the samples, got {describe(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"beta must be a number or a floating tensor, got {describe(value)}")
+    if value.device != of.device:
+        raise ValueError(f"beta must be on the device of the logits, {of.device}, got {describe(value)}")
     n = of.shape[0]
     if value.ndim > 0 and value.shape != (n,):
         raise ValueError(
-            f"{name} must be a number or have shape () or ({n},), one weight a sample, got {describe(value)}"
+            f"beta must be a number or have shape () or ({n},), a weight for each sample, got {describe(value)}"
         )
     if value.requires_grad:
-        raise ValueError(f"{name} must not require grad, since no gradient flows to it: pass {name}.detach()")
+        raise ValueError("beta must not require grad, since no gradient flows to it: pass beta.detach()")
     return value
 
 
-def grad_scale(value: float | Tensor, of: Tensor) -> float | Tensor:
-    """A finite number, or a 0-d floating tensor beside the logits ``of``."""
-    if isinstance(value, Tensor):
-        _floating("grad_scale", value, of)
-        if value.ndim:
-            raise ValueError(f"grad_scale must be a number or a 0-d tensor, got {describe(value)}")
-        return value.detach()
-    value = number("grad_scale", value)
-    if not -LARGEST_FLOAT32 <= value <= LARGEST_FLOAT32:
-        raise ValueError(f"grad_scale must be finite, got {value}")
-    return value
-
-
-def _floating(name: str, value: Tensor, of: Tensor) -> None:
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be a number or a floating tensor, got {describe(value)}")
-    if value.device != of.device:
-        raise ValueError(f"{name} must be on the device of the logits, {of.device}, got {describe(value)}")
-
-
-def flag(name: str, value: object) -> None:
+def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
 
 
 def describe(value: object) -> str:
-    """What came, for an error message: a tensor by shape, dtype and device, anything else by value and type."""
+    """What came, for an error message: a tensor by shape, dtype and device, a plain value by itself, all by type."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+        kind = "nested tensor" if value.is_nested else "tensor"
+        shape = "" if value.is_nested else f" of shape {tuple(value.shape)}"
+        layout = "" if value.layout == torch.strided else f", {value.layout}"
+        return f"a {kind}{shape}, {value.dtype}, on {value.device}{layout}"
+    if isinstance(value, (str, bool, int, float, Real, type(None))):
+        return f"{value!r} ({type(value).__name__})"
+    return f"a {type(value).__name__}"

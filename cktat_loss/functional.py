@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 from torch import Tensor
 
-from cktat_loss import checks, ops
-from cktat_loss.ops import CKTATTerms
+from cktat_loss import autograd, checks
+from cktat_loss.autograd import CKTATTerms
+
+__all__ = ["CKTATTerms", "cktat_loss", "cktat_terms"]
 
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "torch"]
 
 
+@overload
+def cktat_loss(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    teacher_logits: Tensor,
+    tau: float = ...,
+    beta: float | Tensor = ...,
+    *,
+    y: Tensor | None = ...,
+    reduction: Reduction = ...,
+    detach_clean: bool = ...,
+    return_terms: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def cktat_loss(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    teacher_logits: Tensor,
+    tau: float = ...,
+    beta: float | Tensor = ...,
+    *,
+    y: Tensor | None = ...,
+    reduction: Reduction = ...,
+    detach_clean: bool = ...,
+    return_terms: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, CKTATTerms]: ...
 def cktat_loss(
     clean_logits: Tensor,
     adv_logits: Tensor,
@@ -20,13 +50,15 @@ def cktat_loss(
     tau: float = 5.0,
     beta: float | Tensor = 6.0,
     *,
+    y: Tensor | None = None,
     reduction: Reduction = "mean",
     detach_clean: bool = False,
+    return_terms: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, CKTATTerms]:
     r"""The CKTAT loss, Eq. 17 of arXiv 2504.00038, from logits.
 
-    .. math:: L_i = KL(softmax(t_i / \tau) \| softmax(a_i)) + \beta \, KL(softmax(c_i) \| softmax(a_i))
+    .. math:: L_i = KL(softmax(t_i / \tau) \| softmax(a_i)) + \beta_i \, KL(softmax(c_i) \| softmax(a_i))
 
     with ``t`` the teacher's logits on the clean input, ``c`` and ``a`` the student's on the clean and the adversarial
     input. The first term is the guidance, the second the consistency (the TRADES term).
@@ -36,13 +68,17 @@ def cktat_loss(
         adv_logits: student on adversarial inputs, ``S(x')``. Gradients flow.
         teacher_logits: clean teacher on clean inputs, ``T(x)``, undivided. Detached.
         tau: temperature, > 0; divides the teacher's logits only. The paper's best on CIFAR-10 is 5.
-        beta: weight of the consistency term, >= 0; or a floating tensor, 0-d or (N,), of weights, one a sample. A
-            tensor's values are never looked at, and no gradient flows to it.
+        beta: weight of the consistency term, >= 0; or a floating tensor, 0-d or (N,), of weights, one for each sample.
+            A tensor's values are never looked at, and no gradient flows to it.
+        y: labels (N,), integer. They make the weight of each sample ``beta * softmax(a_i)[y_i]``, through which no
+            gradient flows: our recipe, see :func:`cktat_loss.adaptive_beta`. ``beta`` is a number then. On a GPU,
+            where looking would wait for the device, a label that is no class gives NaN for its sample.
         reduction: "mean" over the batch (torch's "batchmean"), "sum", or "none".
         detach_clean: stop the gradient through ``clean_logits``. Not the paper's form, but often needed: without an
             anchor on clean inputs, a large beta can pull the student to a constant prediction.
+        return_terms: return both terms too, detached, from the same pass: for a log.
         backend: "auto" takes the Triton kernels where they can run and the closed form elsewhere; "triton" and
-            "torch" insist on one.
+            "torch" insist on one. Under torch.compile all are plain ops that the compiler fuses.
 
     Shape:
         All logits (N, C) with C >= 1, in float16, bfloat16, float32 or float64, mixed as autocast makes them. An empty
@@ -50,11 +86,12 @@ def cktat_loss(
 
     Returns:
         A scalar, or (N,) for "none": float32, or float64 where any of the logits is. Gradients have the dtype of
-        their logits, cast after all scaling.
+        their logits, cast after all scaling. With ``return_terms`` the pair of that and
+        ``CKTATTerms(guidance, consistency)``, each (N,).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value.
+        ValueError: a wrong shape, device or value; on the CPU a label that is no class.
         RuntimeError: ``backend="triton"`` where it cannot run.
 
     Example:
@@ -67,12 +104,16 @@ def cktat_loss(
         (2.0778, [-2.5158, 2.5158])
     """
     checks.logits(clean_logits, adv_logits, teacher_logits)
-    tau, beta = checks.tau(tau), checks.sample_weights("beta", beta, adv_logits)
+    tau, beta = checks.tau(tau), checks.sample_weights(beta, adv_logits, y)
+    if y is not None:
+        checks.labels(y, adv_logits)
     checks.reduction(reduction)
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
+    checks.flag("return_terms", return_terms)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    return ops.cktat_loss(clean, adv_logits, teacher_logits.detach(), tau, beta, reduction, backend)
+    loss, terms = autograd.cktat_loss(clean, adv_logits, teacher_logits, tau, beta, y, reduction, return_terms, backend)
+    return loss if terms is None else (loss, terms)
 
 
 def cktat_terms(
@@ -84,7 +125,7 @@ def cktat_terms(
     detach_clean: bool = False,
     backend: Backend = "auto",
 ) -> CKTATTerms:
-    """The two terms of :func:`cktat_loss`, one value a sample, before beta and the reduction.
+    """The two terms of :func:`cktat_loss`, a value for each sample, before beta and the reduction.
 
     Args, Shape and Raises: as for :func:`cktat_loss`.
 
@@ -103,46 +144,4 @@ def cktat_terms(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    return ops.cktat_terms(clean, adv_logits, teacher_logits.detach(), tau, backend)
-
-
-def cktat_loss_and_grads(
-    clean_logits: Tensor,
-    adv_logits: Tensor,
-    teacher_logits: Tensor,
-    tau: float = 5.0,
-    beta: float | Tensor = 6.0,
-    *,
-    reduction: Literal["mean", "sum"] = "mean",
-    detach_clean: bool = False,
-    grad_scale: float | Tensor = 1.0,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The loss of :func:`cktat_loss` and its gradients in a single pass, without a graph.
-
-    For loops that call ``torch.autograd.backward([clean_logits, adv_logits], [d_clean, d_adv])`` themselves.
-
-    Args:
-        grad_scale: a finite number, or a 0-d tensor such as a GradScaler's, that multiplies the gradients before they
-            are cast to their logits' dtype. The loss is not scaled.
-
-    The other Args, Shape and Raises: as for :func:`cktat_loss`.
-
-    Returns:
-        ``(loss, d_clean, d_adv)``: a scalar and two (N, C) tensors; ``d_clean`` is None with ``detach_clean``.
-
-    Example:
-        >>> import torch
-        >>> clean, adv = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
-        >>> loss, d_clean, d_adv = cktat_loss_and_grads(clean, adv, clean, tau=1.0, beta=1.0)
-        >>> [round(g, 4) for g in d_adv[0].tolist()]
-        [-0.7616, 0.7616]
-    """
-    checks.logits(clean_logits, adv_logits, teacher_logits)
-    tau, beta = checks.tau(tau), checks.sample_weights("beta", beta, adv_logits)
-    checks.choice("reduction", reduction, ("mean", "sum"))
-    grad_scale = checks.grad_scale(grad_scale, adv_logits)
-    checks.backend(backend, clean_logits, adv_logits, teacher_logits)
-    checks.flag("detach_clean", detach_clean)
-    logits = clean_logits.detach(), adv_logits.detach(), teacher_logits.detach()
-    return ops.cktat_loss_and_grads(*logits, tau, beta, reduction, grad_scale, not detach_clean, backend)
+    return autograd.cktat_terms(clean, adv_logits, teacher_logits, tau, backend)

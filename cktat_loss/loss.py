@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cktat_loss import checks, functional
+from cktat_loss.autograd import CKTATTerms
 from cktat_loss.functional import Backend, Reduction
-from cktat_loss.ops import CKTATTerms
 from cktat_loss.wrappers import unwrap
 
 
@@ -21,27 +20,33 @@ class CKTATLoss(nn.Module):
 
     .. math::
         L = \frac{1}{N} \sum_i KL(softmax(T(x_i) / \tau) \| softmax(S(x_i')))
-            + \beta \, KL(softmax(S(x_i)) \| softmax(S(x_i')))
+            + \beta_i \, KL(softmax(S(x_i)) \| softmax(S(x_i')))
 
     The criterion takes logits and touches neither the student nor the optimizer. Its teacher is frozen: a deep copy
     made here, run in eval mode and without gradients whatever happens to the original or to ``criterion.train()``. It
     is not among the criterion's parameters, buffers or state_dict, and moves with ``criterion.to(...)``.
+
+    So a module that holds both the teacher and its criterion restores the teacher by ``load_state_dict``, but not the
+    criterion's copy of it. Load the teacher's weights first and make the criterion then.
 
     Args:
         teacher: the clean model ``T``, any module from inputs to logits (N, C); wrappers (DDP, DataParallel,
             torch.compile, AveragedModel) are taken off. None if every call passes ``teacher_logits``.
         tau: temperature, > 0; divides the teacher's logits only. Can be assigned during training.
         beta: weight of the consistency term, finite, >= 0. Can be assigned during training.
+        adaptive: weigh each sample by ``beta * softmax(S(x'))[y]``, with ``y`` in every call. Our recipe, not the
+            paper's: use it with ``detach_clean=True`` and tau 2 (see :func:`cktat_loss.adaptive_beta`).
         reduction: "mean" over the batch, "sum", or "none".
         detach_clean: stop the gradient through the clean logits (see the README on collapse).
         copy_teacher: False shares the teacher as passed, for compiled, sharded or very large ones. Then do not train
             it, change it in place or pass the student itself: the criterion sees every change. ``criterion.to(...)``
-            moves the shared object. It runs in eval mode all the same; its own mode is restored after each call.
+            moves the shared object. Pass it in eval mode: of one in train mode each call switches the mode and puts
+            it back, which is not safe from several threads.
         backend: "auto", "triton" or "torch".
 
     Shape:
-        clean_logits, adv_logits, teacher_logits: (N, C), floating. x: whatever the teacher takes. Loss: a scalar, or
-        (N,) for "none"; float32, or float64 where any logits are.
+        clean_logits, adv_logits, teacher_logits: (N, C), floating. x: whatever the teacher takes. y: (N,), integer.
+        Loss: a scalar, or (N,) for "none"; float32, or float64 where any logits are.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what came and what was wanted.
@@ -52,16 +57,19 @@ class CKTATLoss(nn.Module):
         >>> from cktat_loss import CKTATLoss, warm_start
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
         >>> report = warm_start(student, teacher)
-        >>> criterion = CKTATLoss(teacher, tau=5.0, beta=6.0)
-        >>> x = torch.randn(8, 4)
+        >>> criterion = CKTATLoss(teacher, tau=2.0, adaptive=True, detach_clean=True)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
         >>> x_adv = x + 0.1 * torch.randn(8, 4).sign()
-        >>> loss = criterion(clean_logits=student(x), adv_logits=student(x_adv), x=x)
+        >>> loss = criterion(clean_logits=student(x), adv_logits=student(x_adv), x=x, y=y)
         >>> loss.backward()
     """
 
+    tau: float
+    beta: float
+    adaptive: bool
     reduction: Reduction
-    backend: Backend
     detach_clean: bool
+    backend: Backend
 
     def __init__(
         self,
@@ -69,6 +77,7 @@ class CKTATLoss(nn.Module):
         tau: float = 5.0,
         beta: float = 6.0,
         *,
+        adaptive: bool = False,
         reduction: Reduction = "mean",
         detach_clean: bool = False,
         copy_teacher: bool = True,
@@ -77,14 +86,13 @@ class CKTATLoss(nn.Module):
         super().__init__()
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher must be a torch.nn.Module or None, got {checks.describe(teacher)}")
-        self.tau = tau
-        self.beta = beta
+        self.tau, self.beta = tau, beta
+        self.adaptive = checks.flag("adaptive", adaptive)
+        self.reduction, self.backend = reduction, backend
         checks.reduction(reduction)
         checks.backend(backend)
-        checks.flag("detach_clean", detach_clean)
-        checks.flag("copy_teacher", copy_teacher)
-        self.reduction, self.backend, self.detach_clean = reduction, backend, detach_clean
-        if teacher is not None and copy_teacher:
+        self.detach_clean = checks.flag("detach_clean", detach_clean)
+        if teacher is not None and checks.flag("copy_teacher", copy_teacher):
             teacher = _frozen_copy(teacher)
         # Past nn.Module's own bookkeeping: what it registers, it trains, saves and counts as parameters.
         self.__dict__["_teacher"] = teacher
@@ -95,27 +103,14 @@ class CKTATLoss(nn.Module):
         return self.__dict__["_teacher"]  # type: ignore[no-any-return]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "teacher":  # nn.Module would take it for a child to train, beside the teacher in use
+        # Here, since nn.Module would take a module or a parameter for a child to train before anyone could refuse it.
+        if name == "teacher":
             raise AttributeError("teacher cannot be assigned: make a new criterion")
+        if name == "tau":
+            value = checks.tau(value)
+        elif name == "beta":
+            value = checks.beta(value)
         super().__setattr__(name, value)
-
-    @property
-    def tau(self) -> float:
-        """Temperature of the teacher, > 0."""
-        return self._tau
-
-    @tau.setter
-    def tau(self, value: float) -> None:
-        self._tau = checks.tau(value)
-
-    @property
-    def beta(self) -> float:
-        """Weight of the consistency term, >= 0."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        self._beta = checks.beta(value)
 
     def forward(
         self,
@@ -124,8 +119,10 @@ class CKTATLoss(nn.Module):
         x: Any = None,
         *,
         teacher_logits: Tensor | None = None,
+        y: Tensor | None = None,
         beta: float | Tensor | None = None,
-    ) -> Tensor:
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, CKTATTerms]:
         """The loss of a batch.
 
         Args:
@@ -133,29 +130,40 @@ class CKTATLoss(nn.Module):
             adv_logits: student on adversarial inputs, (N, C).
             x: the clean inputs, on which the teacher is run. Either this,
             teacher_logits: or the teacher's logits on them, (N, C), undivided by tau; detached.
-            beta: this call's beta, in place of the criterion's: a number, or a tensor of sample weights, 0-d or (N,),
-                for instance from :func:`cktat_loss.adaptive_beta`.
+            y: labels, (N,), integer: with ``adaptive=True``, and only then.
+            beta: this call's beta, in place of the criterion's: a number or, unless adaptive, a tensor of weights,
+                0-d or (N,).
+            return_terms: return the pair ``(loss, CKTATTerms(guidance, consistency))``; the terms are (N,), detached.
         """
-        return functional.cktat_loss(
+        if self.adaptive and y is None:
+            raise ValueError("y must be given in every call of a criterion with adaptive=True, got None")
+        if y is not None and not self.adaptive:
+            raise ValueError(f"y must be None unless the criterion has adaptive=True, got {checks.describe(y)}")
+        return functional.cktat_loss(  # type: ignore[call-overload,no-any-return]  # knows no plain bool
             clean_logits,
             adv_logits,
             self._teacher_logits(x, teacher_logits),
-            self._tau,
-            self._beta if beta is None else beta,
+            self.tau,
+            self.beta if beta is None else beta,
+            y=y,
             reduction=self.reduction,
             detach_clean=self.detach_clean,
+            return_terms=return_terms,
             backend=self.backend,
         )
 
     def terms(
         self, clean_logits: Tensor, adv_logits: Tensor, x: Any = None, *, teacher_logits: Tensor | None = None
     ) -> CKTATTerms:
-        """``CKTATTerms(guidance, consistency)``, each (N,), before beta and the reduction. Args as for a call."""
+        """``CKTATTerms(guidance, consistency)``, each (N,), with gradients, before beta and the reduction.
+
+        Args as for a call, without labels.
+        """
         return functional.cktat_terms(
             clean_logits,
             adv_logits,
             self._teacher_logits(x, teacher_logits),
-            self._tau,
+            self.tau,
             detach_clean=self.detach_clean,
             backend=self.backend,
         )
@@ -169,10 +177,17 @@ class CKTATLoss(nn.Module):
         teacher = self.teacher
         if teacher is None:
             raise ValueError("x was given, but the criterion has no teacher: pass teacher_logits, or make it with one")
-        with torch.no_grad(), _eval_mode(teacher):
-            logits = teacher(_cast_like(x, teacher))
+        training = [m for m in teacher.modules() if m.training]  # of a shared teacher; the copy is in eval mode
+        for module in training:
+            module.training = False
+        try:
+            with torch.no_grad():
+                logits = teacher(_cast_like(x, teacher))
+        finally:
+            for module in training:
+                module.training = True
         if not isinstance(logits, Tensor):
-            raise TypeError(f"teacher(x) must be a tensor of logits (N, C), got {type(logits).__name__}")
+            raise TypeError(f"teacher(x) must be a tensor of logits (N, C), got {checks.describe(logits)}")
         return logits
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CKTATLoss:
@@ -184,10 +199,8 @@ class CKTATLoss(nn.Module):
 
     def extra_repr(self) -> str:
         teacher = None if self.teacher is None else type(self.teacher).__name__
-        return (
-            f"teacher={teacher}, tau={self.tau}, beta={self.beta}, reduction={self.reduction!r}, "
-            f"detach_clean={self.detach_clean}, backend={self.backend!r}"
-        )
+        shown = ("tau", "beta", "adaptive", "reduction", "detach_clean", "backend")
+        return ", ".join([f"teacher={teacher}", *(f"{name}={getattr(self, name)!r}" for name in shown)])
 
 
 def _frozen_copy(teacher: nn.Module) -> nn.Module:
@@ -198,19 +211,6 @@ def _frozen_copy(teacher: nn.Module) -> nn.Module:
             f"teacher ({type(teacher).__name__}) cannot be deep-copied: {error}. copy_teacher=False shares it instead"
         ) from error
     return teacher.eval().requires_grad_(False)
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode again after."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def _cast_like(x: Any, module: nn.Module) -> Any:

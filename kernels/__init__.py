@@ -1,10 +1,11 @@
-"""The Triton backend, imported as ``cktat_loss.kernels``: both terms, the loss and its gradients, from the logits.
+"""The Triton backend, imported as ``cktat_loss.kernels``: a ``forward`` and a ``backward`` as in ``plain.py``.
 
 Triton is imported with the first launch, not with the package: it is slow to import, and not there on every machine.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .launch import Loss, LossAndGradients, Terms, gradients, loss, loss_and_grads, terms
+    from .launch import backward, forward
 
-__all__ = [
-    "Loss",
-    "LossAndGradients",
-    "Terms",
-    "gradients",
-    "is_available",
-    "loss",
-    "loss_and_grads",
-    "supports",
-    "terms",
-]
+__all__ = ["backward", "forward", "is_available", "supports"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 VOLTA = 7  # the compute capability of NVIDIA GPUs from which on Triton compiles for them
@@ -61,11 +52,16 @@ def supports(tensor: Tensor) -> bool:
 
     CPU tensors only where Triton's interpreter runs the kernels. The one place that looks at the device.
     """
-    if not INSTALLED or tensor.dtype not in DTYPES or type(tensor) not in PLAIN:
+    return _supports(type(tensor), tensor.dtype, tensor.device)
+
+
+@functools.cache
+def _supports(kind: type, dtype: torch.dtype, device: torch.device) -> bool:
+    if not INSTALLED or dtype not in DTYPES or kind not in PLAIN:
         return False
-    if tensor.device.type == "cuda":  # ROCm's name too
-        return torch.version.hip is not None or torch.cuda.get_device_properties(tensor.device).major >= VOLTA
-    return tensor.device.type == "cpu" and _interpreting()
+    if device.type == "cuda":  # ROCm's name too
+        return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= VOLTA
+    return device.type == "cpu" and _interpreting()
 
 
 def _interpreting() -> bool:

@@ -1,26 +1,24 @@
-"""Which kernel, which tile, how many warps, for which shape; and the calls that ops.py makes.
+"""Which kernel, which tile, how many warps, for which shape; and the launches that autograd.py asks for.
 
-Logits are (N, C) in half or single precision, with any strides; tau is a number or a 0-d float32 tensor.
-
-Nothing here reads device data or allocates by it: no synchronisation, and every call can be captured in a CUDA graph.
-Nothing looks at the device either: :func:`cktat_loss.kernels.supports` has.
+Logits are (N, C) in half or single precision, with any strides. Nothing here reads device data or allocates by it: no
+synchronisation, and every call can be captured in a CUDA graph. Nothing looks at the device either:
+:func:`cktat_loss.kernels.supports` has.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .row_math import sum_kernel
-from .rows import rows_backward_kernel, rows_kernel
-from .streaming import streaming_backward_kernel, streaming_kernel
+from cktat_loss.plain import Gradients, Pass, Upstream
 
-STATE_ROWS = 7  # of float32, (N,) each: see row_math.save_state
+from .rows import rows_kernel
+from .streaming import streaming_kernel
 
 # A thread holds about 6 live float32 a logit position (three logits, three exponentials). 16 positions take up to 132
 # registers, and streaming's single pass 165, so 12 warps on an SM or more; 32 take 248. 8 take 64, but then the
@@ -33,27 +31,13 @@ ROWS_UP_TO = 4096
 # The same 16 positions a thread. A wider chunk wastes more of the last one: 12 % of 21,841 at 4096, 3 % here.
 STREAMING_BLOCK = 2048
 STREAMING_WARPS = 4
+# From 3.3 on, a compiled kernel is launched with its constants behind the other arguments. On ROCm, Triton compiles by
+# the size of a tensor's memory too, which no plan knows of.
+COMPILED_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) and not torch.version.hip
 
+FEW_ROWS = 257  # more than any program has
 
-class Terms(NamedTuple):
-    """Both divergences, (N,) float32, and the row statistics for :func:`gradients` if asked for."""
-
-    guidance: Tensor
-    consistency: Tensor
-    state: Tensor | None
-
-
-class Loss(NamedTuple):
-    """0-d or (N,) float32, and the row statistics for :func:`gradients` if asked for."""
-
-    value: Tensor
-    state: Tensor | None
-
-
-class LossAndGradients(NamedTuple):
-    loss: Tensor
-    d_clean: Tensor | None
-    d_adv: Tensor
+Kind = tuple[int, torch.dtype] | None  # of an operand: a tensor's stride and dtype, or a number
 
 
 class Tile(NamedTuple):
@@ -65,198 +49,215 @@ class Tile(NamedTuple):
     warps: int
 
 
-@functools.lru_cache(maxsize=1024)
-def rows_tile(classes: int, itemsizes: tuple[int, ...]) -> Tile:
-    """The rows kernels' tile: about 16 positions a thread, as few threads on a row as that takes.
+def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
+    """The rows kernel's tile: about 16 positions a thread, as few threads on a row as that takes.
 
-    A warp's load should still cover whole 32-byte sectors, hence W of an eighth of the row at least, and 4.
+    A warp's load should still cover whole 32-byte sectors, hence W of an eighth of the row at least, and 4. All of a
+    small batch goes to one program, so that there is nothing left to sum up.
     """
     columns = 1 << (classes - 1).bit_length()
-    vector = max(min(16 // size, classes & -classes) for size in itemsizes)  # what a thread loads at once
+    vector = min(16 // itemsize, classes & -classes)  # what a thread loads at once
     threads = max(1, columns // POSITIONS_PER_THREAD)  # on a row
     if threads > 32:
         return Tile(1, 1, columns, min(16, threads // 32))
     width = min(max(threads * vector, columns // 8, 4), 32 * vector, columns)
     lanes = min(32, max(1, width // vector))
-    warps = 4
+    warps = 8 if 4 < n * lanes / 32 <= 8 else 4
     return Tile(columns // width, 32 * warps // lanes, width, warps)
 
 
+@dataclass(eq=False)
 class Plan:
-    """One call's kernels and their common arguments: chosen by shape, dtypes and strides alone."""
+    """A kernel and its constants for one kind of call, and what Triton has compiled of it."""
 
-    def __init__(self, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float | Tensor) -> None:
-        self.n, self.classes = clean.shape
-        logits = tuple(x.resolve_neg() for x in (teacher, clean, adv))  # a view may be negative in name alone
-        logits = tuple(x if self.classes == 1 or x.stride(1) == 1 else x.contiguous() for x in logits)
-        contiguous = self.n <= 1 or all(x.stride(0) == self.classes for x in logits)
-        # Known strides are 0 here and C in the kernel: one compiled variant for all contiguous input.
-        strides = (0, 0, 0) if contiguous else tuple(x.stride(0) for x in logits)
-        self.inputs = (*logits, *strides, self.n, *operand(tau))
-        self.like = clean
-        self.meta: dict[str, Any] = {"C": self.classes, "CONTIGUOUS": contiguous, "enable_fp_fusion": False}
-        self.streams = self.classes > ROWS_UP_TO
-        if self.streams:
-            self.programs, self.chunks = self.n, -(-self.classes // STREAMING_BLOCK)
-            self.meta.update(BLOCK=STREAMING_BLOCK, CHUNKS=self.chunks, num_warps=STREAMING_WARPS)
-        else:
-            tile = rows_tile(self.classes, tuple(x.element_size() for x in logits))
-            self.programs = -(-self.n // tile.M)
-            self.meta.update(G=tile.G, M=tile.M, W=tile.W, num_warps=tile.warps)
+    kernel: Any
+    rows: int  # of a program
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    compiled: Any = None
 
-    def empty(self, *shape: int) -> Tensor:
-        return self.like.new_empty(shape, dtype=torch.float32)
+    def launch(self, programs: int, aligned: bool, *args: Any) -> None:
+        """Past Triton's own launcher once there is a compiled kernel: it finds out again what it needs at every call.
 
-    def launch(self, kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        if programs:
-            with torch.cuda.device_of(self.like):  # type: ignore[no-untyped-call]
-                kernel[(programs,)](*args, **meta)
+        That takes half of the host's time. It is what a plan stands for already, but for the pointers' alignment.
+        """
+        if self.compiled is not None and aligned:
+            self.compiled[programs, 1, 1](*args, *self.constants.values())
+            return
+        compiled = self.kernel[programs,](*args, **self.constants, **self.options)
+        if aligned and COMPILED_TAKES_CONSTANTS:
+            self.compiled = compiled
 
-    def forward(
-        self,
-        *,
-        guidance: Tensor | None = None,
-        consistency: Tensor | None = None,
-        loss: Tensor | None = None,
-        partial: Tensor | None = None,
-        state: Tensor | None = None,
-        d_clean: Tensor | None = None,
-        d_adv: Tensor | None = None,
-        weight: float | Tensor = 1.0,
-        beta: float | Tensor = 1.0,
-        scale: float = 1.0,
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    device: int,
+    n: int,
+    classes: int,
+    dtypes: tuple[torch.dtype, ...],
+    strides: tuple[int, ...],
+    operands: tuple[Kind, ...],
+    reduction: str,
+    outputs: tuple[bool, ...],
+    done_at_one: bool,
+) -> Plan:
+    """One for each kind of call: all that Triton would compile another kernel for. ``n`` counts where it is small."""
+    beta, _, w_guidance, w_consistency = operands
+    constants = {
+        "C": classes,
+        # Constants, since the compiler takes a run-time stride for a multiple of 16 or for nothing, and 1000 is none.
+        "CLEAN_STRIDE": strides[0],
+        "ADV_STRIDE": strides[1],
+        "TEACHER_STRIDE": strides[2],
+        "BETA_STRIDE": beta and beta[0],
+        "GUIDANCE_STRIDE": w_guidance and w_guidance[0],
+        "CONSISTENCY_STRIDE": w_consistency and w_consistency[0],
+        "REDUCTION": reduction,
+        "DONE_AT_ONE": done_at_one,
+    }
+    options = {"enable_fp_fusion": False}
+    if classes <= ROWS_UP_TO:
+        tile = rows_tile(classes, min(dtype.itemsize for dtype in dtypes), n)
+        return Plan(
+            rows_kernel,
+            tile.M,
+            {**constants, "G": tile.G, "M": tile.M, "W": tile.W},
+            {**options, "num_warps": tile.warps},
+        )
+    chunks = -(-classes // STREAMING_BLOCK)
+    slots = 1 << (chunks + (classes % 8 != 0) - 1).bit_length()
+    tiling = {"BLOCK": STREAMING_BLOCK, "CHUNKS": chunks, "SLOTS": slots}
+    return Plan(streaming_kernel, 1, {**constants, **tiling}, {**options, "num_warps": STREAMING_WARPS})
+
+
+class Inputs:
+    """The inputs as the kernels take them, and their kind."""
+
+    def __init__(
+        self, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor, y: Tensor | None
     ) -> None:
-        """One launch that fills every output given. The gradients are those of scale * weight * the loss."""
-        weights = (*operand(weight), *operand(beta), scale)
-        outputs = (guidance, consistency, loss, partial, state, d_clean, d_adv)
-        args = (*self.inputs, *weights, *outputs)
-        if self.streams:
-            edges = self.classes % 8 != 0
-            slots = 1 << (self.chunks + edges - 1).bit_length()
-            self.launch(streaming_kernel, self.programs, *args, SLOTS=slots, **self.meta)
-        else:
-            self.launch(rows_kernel, self.programs, *args, **self.meta)
+        n, classes = clean.shape
+        clean, adv, teacher = readable(clean), readable(adv), readable(teacher)
+        if y is not None:
+            y = y.contiguous()
+        self.n, self.args = n, (clean, adv, teacher, n, tau, beta, y)
+        strides = (clean.stride(0), adv.stride(0), teacher.stride(0)) if n > 1 else (classes, classes, classes)
+        self.logits = (clean.get_device(), min(n, FEW_ROWS), classes, (clean.dtype, adv.dtype, teacher.dtype), strides)
+        self.operands = (kind(beta), kind(y))
+        self.pointers = clean.data_ptr() | adv.data_ptr() | teacher.data_ptr() | pointer(beta) | pointer(y)
 
-    def backward(
+    def launch(
         self,
-        state: Tensor,
-        d_clean: Tensor | None,
-        d_adv: Tensor | None,
         w_guidance: float | Tensor,
-        w_consistency: float | Tensor,
-        beta: float | Tensor,
-        scale: float,
+        w_consistency: Tensor | None,
+        outputs: tuple[Tensor | None, ...],
+        made: Plan,
     ) -> None:
-        """One launch: gradients from the logits and the forward's row statistics."""
-        weights = (*operand(w_guidance), *operand(w_consistency), *operand(beta), scale)
-        args = (*self.inputs, *weights, state, d_clean, d_adv)
-        if self.streams:
-            self.launch(streaming_backward_kernel, self.programs * self.chunks, *args, **self.meta)
-        else:
-            self.launch(rows_backward_kernel, self.programs, *args, **self.meta)
-
-    def total(self, partial: Tensor, scale: float) -> Tensor:
-        """scale times the sum: a launch of one program, so its order is fixed."""
-        if self.n == 0:
-            return self.like.new_full((), 0.0 * scale, dtype=torch.float32)
-        out = self.empty()
-        self.launch(sum_kernel, 1, partial, partial.numel(), scale, out, BLOCK=1024, num_warps=4)
-        return out
+        """Fill the outputs: loss, guidance, consistency, d_clean, d_adv."""
+        if programs := -(-self.n // made.rows):
+            aligned = not (self.pointers | pointer(w_guidance) | pointer(w_consistency)) % 16 and self.n < 1 << 31
+            args = (programs, aligned, *self.args, w_guidance, w_consistency, *outputs)
+            device = self.logits[0]
+            if device < 0 or device == torch.cuda.current_device():
+                made.launch(*args)
+            else:
+                with torch.cuda.device(device):
+                    made.launch(*args)
 
 
-def operand(value: float | Tensor) -> tuple[float | Tensor, int | None]:
-    """A number without a stride, or a 0-d or (N,) tensor with its own."""
-    if isinstance(value, Tensor):
-        return value.resolve_neg(), value.stride(0) if value.dim() else 0
-    return float(value), None
+Held = tuple[Inputs, Tensor | None, Tensor | None]
 
 
-def mean_scale(n: int) -> float:
-    """What makes a mean of a sum over n samples: nan for none."""
-    return 1.0 / n if n else math.nan
+def readable(logits: Tensor) -> Tensor:
+    """With columns side by side, and not negative in name alone."""
+    if logits.is_neg():
+        logits = logits.resolve_neg()
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float | Tensor, *, save_state: bool = False) -> Terms:
-    """KL(p_t || p_a) and KL(p_c || p_a) of each row, (N,) float32: one launch, 3 element moves a logit position."""
-    plan = Plan(clean, adv, teacher, tau)
-    out = Terms(plan.empty(plan.n), plan.empty(plan.n), plan.empty(STATE_ROWS, plan.n) if save_state else None)
-    plan.forward(guidance=out.guidance, consistency=out.consistency, state=out.state)
-    return out
+def kind(operand: float | Tensor | None) -> Kind:
+    if not isinstance(operand, Tensor):
+        return None
+    return operand.stride(0) if operand.ndim else 0, operand.dtype
 
 
-def loss(
+def pointer(operand: float | Tensor | None) -> int:
+    return operand.data_ptr() if isinstance(operand, Tensor) else 0
+
+
+def gradients_like(clean: Tensor, adv: Tensor, needed: tuple[bool, ...]) -> Gradients:
+    return clean.new_empty(clean.shape) if needed[0] else None, adv.new_empty(adv.shape) if needed[1] else None
+
+
+def forward(
     clean: Tensor,
     adv: Tensor,
     teacher: Tensor,
-    tau: float | Tensor,
+    tau: float,
     beta: float | Tensor,
+    y: Tensor | None,
     reduction: str,
-    *,
-    save_state: bool = False,
-) -> Loss:
-    """guidance + beta consistency, reduced: 3 element moves a logit position.
+    return_terms: bool,
+    needed: tuple[bool, ...],
+) -> Pass:
+    """As :func:`cktat_loss.plain.forward`, with the gradients for an upstream gradient of one.
 
-    One launch, and for "mean" and "sum" one of a single program.
+    3 element moves a logit position and one for each gradient; with gradients of more than 4,096 classes 3 more. One
+    launch; where several programs share a mean or a sum, torch adds up what each of them has made of it.
+
+    Gradients are left to :func:`backward` where the upstream gradient is never one: of float16, whose GradScaler's
+    they need to survive, and of "none" and "terms", where each sample has its own.
     """
-    plan = Plan(clean, adv, teacher, tau)
-    state = plan.empty(STATE_ROWS, plan.n) if save_state else None
-    if reduction == "none":
-        rows = plan.empty(plan.n)
-        plan.forward(loss=rows, state=state, beta=beta)
-        return Loss(rows, state)
-    partial = plan.empty(plan.programs)
-    plan.forward(partial=partial, state=state, beta=beta)
-    return Loss(plan.total(partial, mean_scale(plan.n) if reduction == "mean" else 1.0), state)
+    n, is_reduced = clean.shape[0], reduction in ("mean", "sum")
+    inputs = Inputs(clean, adv, teacher, tau, beta, y)
+    half = (needed[0] and clean.dtype == torch.float16) or (needed[1] and adv.dtype == torch.float16)
+    now = needed[:2] if is_reduced and not half else (False, False)
+    made = plan(*inputs.logits, (*inputs.operands, None, None), reduction, (return_terms, *now), False)
+    programs = -(-n // made.rows)
+    loss: Tensor | None = None
+    guidance: Tensor | None = None
+    consistency: Tensor | None = None
+    if return_terms:
+        guidance, consistency = clean.new_empty(n, dtype=torch.float32), clean.new_empty(n, dtype=torch.float32)
+    if reduction != "terms":
+        size = n if reduction == "none" else programs
+        loss = clean.new_empty(() if is_reduced and programs == 1 else size, dtype=torch.float32)
+    d_clean, d_adv = gradients_like(clean, adv, now)
+    inputs.launch(1.0, None, (loss, guidance, consistency, d_clean, d_adv), made)
+    if loss is not None and is_reduced and programs != 1:
+        loss = loss.sum() if n or reduction == "sum" else loss.mean()  # of nothing: torch's own NaN
+    return Pass(loss, guidance, consistency, (inputs, d_clean, d_adv))
 
 
-def gradients(
+def backward(
     clean: Tensor,
     adv: Tensor,
     teacher: Tensor,
-    tau: float | Tensor,
-    state: Tensor,
-    w_guidance: float | Tensor,
-    w_consistency: float | Tensor,
-    *,
-    beta: float | Tensor = 1.0,
-    scale: float = 1.0,
-    need_clean: bool = True,
-    need_adv: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """d/dclean and d/dadv of sum_i scale (w_guidance_i guidance_i + w_consistency_i beta_i consistency_i).
+    tau: float,
+    beta: float | Tensor,
+    y: Tensor | None,
+    reduction: str,
+    upstream: Upstream,
+    held: Held | None,
+    needed: tuple[bool, ...],
+) -> Gradients:
+    """As :func:`cktat_loss.plain.backward`. One launch.
 
-    One launch, 5 element moves a logit position, given the ``state`` that the forward saved. Weights are numbers, 0-d
-    or (N,) tensors, multiplied in the kernel: an upstream gradient costs no launch of its own.
+    It returns at once where the gradients held are right already, for an upstream gradient of one; else it computes
+    them anew, scaled before the cast, into the same memory.
     """
-    plan = Plan(clean, adv, teacher, tau)
-    d_clean = clean.new_empty(clean.shape) if need_clean else None
-    d_adv = adv.new_empty(adv.shape) if need_adv else None
-    plan.backward(state, d_clean, d_adv, w_guidance, w_consistency, beta, scale)
+    w_guidance, w_consistency = upstream if reduction == "terms" else (upstream[0], None)
+    if reduction == "terms":
+        w_guidance, w_consistency = (adv.new_zeros((), dtype=torch.float32) if w is None else w for w in upstream)
+    assert w_guidance is not None
+    inputs, d_clean, d_adv = held or (Inputs(clean, adv, teacher, tau, beta, y), None, None)
+    are_held = d_clean is not None or d_adv is not None
+    if not are_held:
+        d_clean, d_adv = gradients_like(clean, adv, needed)
+    operands = (*inputs.operands, kind(w_guidance), kind(w_consistency))
+    made = plan(*inputs.logits, operands, reduction, (d_clean is not None, d_adv is not None), are_held)
+    inputs.launch(w_guidance, w_consistency, (None, None, None, d_clean, d_adv), made)
     return d_clean, d_adv
-
-
-def loss_and_grads(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float | Tensor,
-    beta: float | Tensor,
-    reduction: str,
-    grad_scale: float | Tensor = 1.0,
-    *,
-    need_clean: bool = True,
-) -> LossAndGradients:
-    """The "mean" or "sum", and grad_scale times its gradients, in one launch and one of a single program.
-
-    5 element moves a logit position, 8 where the row does not fit into registers.
-    """
-    plan = Plan(clean, adv, teacher, tau)
-    scale = mean_scale(plan.n) if reduction == "mean" else 1.0
-    partial = plan.empty(plan.programs)
-    d_clean = clean.new_empty(clean.shape) if need_clean else None
-    d_adv = adv.new_empty(adv.shape)
-    plan.forward(partial=partial, d_clean=d_clean, d_adv=d_adv, weight=grad_scale, beta=beta, scale=scale)
-    return LossAndGradients(plan.total(partial, scale), d_clean, d_adv)
 
 
 def interprets() -> bool:

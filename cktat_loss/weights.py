@@ -1,11 +1,10 @@
-"""Weights for the consistency term."""
+"""Weights of the consistency term."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from cktat_loss import checks
-from cktat_loss.divergence import compute_dtype
+from cktat_loss import checks, plain
 
 
 def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
@@ -17,7 +16,7 @@ def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
 
     Args:
         adv_logits: student on adversarial inputs, (N, C), floating.
-        y: labels, (N,), integer, in [0, C). Their values are checked by torch's gather only.
+        y: labels, (N,), integer, in [0, C). On a GPU, where looking would wait for the device, another value gives NaN.
         beta: the largest weight, finite and >= 0.
 
     Returns:
@@ -25,7 +24,7 @@ def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value.
+        ValueError: a wrong shape, device or value; on the CPU a label that is no class.
 
     Example:
         >>> import torch
@@ -35,6 +34,5 @@ def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
     checks.one_logits("adv_logits", adv_logits)
     checks.labels(y, adv_logits)
     beta = checks.beta(beta)
-    dtype = compute_dtype(adv_logits)
-    p = adv_logits.detach().softmax(1, dtype=dtype)
-    return beta * p.gather(1, y.long().unsqueeze(1)).squeeze(1)
+    p = adv_logits.detach().softmax(1, dtype=plain.compute_dtype(adv_logits))
+    return plain.label_weights(p, y, beta)
