@@ -1,7 +1,7 @@
 """The CKTAT loss for adversarial training (arXiv 2504.00038)."""
 
 from cktat_loss import functional
-from cktat_loss.autograd import CKTATTerms
+from cktat_loss.functional import CKTATTerms
 from cktat_loss.loss import CKTATLoss
 from cktat_loss.warm_start import WarmStartReport, warm_start
 from cktat_loss.weights import adaptive_beta

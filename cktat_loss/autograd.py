@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cktat_loss import closed_form, kernels, plain
-from cktat_loss.plain import Gradients, Pass, Upstream
-
-_T = TypeVar("_T")
+from cktat_loss.plain import Gradients, Pass, Problem, Upstream
 
 
-class CKTATTerms(NamedTuple):
-    """The two KL terms of Eq. 17, each (N,), a value for each sample: their sum, beta in it, is the loss."""
-
-    guidance: Tensor
-    consistency: Tensor
-
-
-def cktat_loss(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    return_terms: bool,
-    backend: str,
-) -> tuple[Tensor, CKTATTerms | None]:
-    """Eq. 17, reduced: a scalar, or (N,) for "none". With ``return_terms`` its terms too, which carry no gradient."""
-    out = _run(clean, adv, teacher, tau, beta, y, reduction, return_terms, backend)
-    assert out.loss is not None
-    if not return_terms:
-        return out.loss, None
-    assert out.guidance is not None
-    assert out.consistency is not None
-    return out.loss, CKTATTerms(out.guidance.detach(), out.consistency.detach())
-
-
-def cktat_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, backend: str) -> CKTATTerms:
-    """Both terms of Eq. 17, with gradients."""
-    out = _run(clean, adv, teacher, tau, 1.0, None, "terms", True, backend)
-    assert out.guidance is not None
-    assert out.consistency is not None
-    return CKTATTerms(out.guidance, out.consistency)
-
-
-def _run(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    return_terms: bool,
-    backend: str,
-) -> Pass:
+def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
+    """The loss or both terms, differentiable in ``clean`` and ``adv`` as often as asked."""
+    clean, adv, teacher, tau, beta, y, reduction = problem
     if _transformed():  # derivatives and maps of any kind, by plain ops alone
-        return plain.forward(clean, adv, teacher.detach(), tau, beta, y, reduction, return_terms, (True, True))
+        return plain.forward(problem._replace(teacher=teacher.detach()), return_terms, (True, True))
     chosen = _choose(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
-        clean, teacher, beta, y = _savable(clean), _savable(teacher), _savable(beta), _savable(y)
-        return Pass(*_Loss.apply(clean, adv, teacher, beta, y, tau, reduction, return_terms, chosen))
-    out: Pass = chosen.forward(clean, adv, teacher, tau, beta, y, reduction, return_terms, (False, False))
+        clean, teacher = _savable(clean), _savable(teacher)
+        beta, y = beta if isinstance(beta, float) else _savable(beta), y if y is None else _savable(y)
+        return Pass(*_Loss.apply(clean, adv, teacher, tau, beta, y, reduction, return_terms, chosen))
+    out: Pass = chosen.forward(problem, return_terms, (False, False))
     return out
 
 
@@ -79,44 +34,32 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        clean: Tensor,
-        adv: Tensor,
-        teacher: Tensor,
-        beta: float | Tensor,
-        y: Tensor | None,
-        tau: float,
-        reduction: str,
-        return_terms: bool,
-        backend: ModuleType,
-    ) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:2]
-        out: Pass = backend.forward(clean, adv, teacher, tau, beta, y, reduction, return_terms, needed)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        *fields, return_terms, backend = arguments
+        problem = Problem(*fields)
+        out: Pass = backend.forward(problem, return_terms, ctx.needs_input_grad)
         # The logits also where the backward pass will not look at them: a change in place must still be an error.
-        ctx.save_for_backward(clean, adv, teacher, beta if isinstance(beta, Tensor) else None, y)
-        ctx.others, ctx.backend, ctx.held = (
-            (tau, None if isinstance(beta, Tensor) else beta, reduction),
-            backend,
-            out.held,
-        )
+        clean, adv, teacher, tau, beta, y, reduction = problem
+        saved_beta, number = (beta, None) if isinstance(beta, Tensor) else (None, beta)
+        ctx.save_for_backward(clean, adv, teacher, saved_beta, y)
+        ctx.others, ctx.backend, ctx.held = (tau, number, reduction), backend, out.held
         ctx.set_materialize_grads(False)
-        if reduction != "terms" and return_terms:
+        if return_terms and reduction != "terms":
             ctx.mark_non_differentiable(out.guidance, out.consistency)
         return out.loss, out.guidance, out.consistency
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        clean, adv, teacher, weights, y = ctx.saved_tensors
-        tau, beta, reduction = ctx.others
-        call = (clean, adv, teacher, tau, beta if weights is None else weights, y, reduction)
-        wanted, needed = upstream[1:] if reduction == "terms" else upstream[:1], ctx.needs_input_grad[:2]
-        if _is_differentiated(wanted):
-            gradients = _differentiable_backward(call, wanted, needed)
+        clean, adv, teacher, beta, y = ctx.saved_tensors
+        tau, number, reduction = ctx.others
+        problem = Problem(clean, adv, teacher, tau, number if beta is None else beta, y, reduction)
+        upstream = upstream[1:] if reduction == "terms" else upstream[:1]
+        if _is_differentiated(upstream):
+            gradients = _differentiable_backward(problem, upstream, ctx.needs_input_grad)
         else:
             # Handed over, not kept: autograd copies what somebody else still refers to.
             held, ctx.held = ctx.held, None
-            gradients = ctx.backend.backward(*call, wanted, held, needed)
+            gradients = ctx.backend.backward(problem, upstream, held, ctx.needs_input_grad)
         return *gradients, None, None, None, None, None, None, None
 
 
@@ -138,9 +81,9 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _savable(x: _T) -> _T:
+def _savable(x: Tensor) -> Tensor:
     """A copy of an inference tensor, which autograd could not save."""
-    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+    return x.clone() if x.is_inference() else x
 
 
 def _is_differentiated(upstream: Upstream) -> bool:
@@ -154,19 +97,17 @@ def _is_differentiated(upstream: Upstream) -> bool:
     )
 
 
-def _differentiable_backward(call: tuple[Any, ...], upstream: Upstream, needed: tuple[bool, ...]) -> Gradients:
+def _differentiable_backward(problem: Problem, upstream: Upstream, needed: tuple[bool, ...]) -> Gradients:
     """The gradients by autograd over plain ops: a second derivative is that of the formula, not of a saved number."""
-    clean, adv, *others = call
     with torch.enable_grad():
         # Views: if one of the two depends on the other, each gradient must still be the partial one.
-        clean, adv = clean.view_as(clean), adv.view_as(adv)
-        inputs = [x for x, need in zip((clean, adv), needed, strict=False) if need]
-        out = plain.forward(clean, adv, *others, return_terms=True, needed=needed)
-        values = out[:1] if out.loss is not None else out[1:3]
-    used = [(v, u) for v, u in zip(values, upstream, strict=True) if v is not None and u is not None]
+        clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
+        out = plain.forward(problem._replace(clean=clean, adv=adv), True, needed)
+    values = (out.guidance, out.consistency) if out.loss is None else (out.loss,)
+    used = [(value, u) for value, u in zip(values, upstream, strict=True) if value is not None and u is not None]
     found = torch.autograd.grad(
-        [v for v, _ in used],
-        inputs,
+        [value for value, _ in used],
+        [x for x, need in zip((clean, adv), needed, strict=False) if need],
         [u for _, u in used],
         create_graph=torch.is_grad_enabled(),
         allow_unused=True,  # of the guidance alone, the clean logits are

@@ -14,13 +14,13 @@ end in ``_`` overwrite their arguments.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cktat_loss import plain
-from cktat_loss.plain import Gradients, Pass, Upstream
+from cktat_loss.plain import Gradients, Pass, Problem, Upstream
 
 # Large enough to amortise the calls of PyTorch, some thirty a block; small enough for a core's share of the cache.
 # A block takes up to 8 elements a logit position for itself, 1.6 MB.
@@ -33,11 +33,11 @@ LOG2_E = 1 / math.log(2)
 
 
 class _Rows(NamedTuple):
-    """Of some rows: the terms; the weights of the consistency, where labels give them; the gradients, not cast."""
+    """Of some rows: the terms; the weights of the consistency; the gradients, not cast."""
 
     guidance: Tensor
     consistency: Tensor
-    beta: Tensor | None
+    beta: float | Tensor
     d_clean: Tensor | None
     d_adv: Tensor | None
 
@@ -54,107 +54,70 @@ class _Divergences(NamedTuple):
     consistency: Tensor
 
 
-def forward(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    return_terms: bool,
-    needed: tuple[bool, ...],
-) -> Pass:
+def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
     """As :func:`plain.forward`, with the gradients of the rows' sum, not cast. Those of "terms" are left for later."""
-    if reduction == "terms":
+    if problem.reduction == "terms":
+        rows = _rows(problem, None, (False, False))
         # Copies, not two views of one tensor, which autograd would guard against changes.
-        rows = _rows(clean, adv, teacher, tau, beta, None, None, (False, False))
         return Pass(None, rows.guidance.clone(), rows.consistency.clone())
-    rows = _rows(clean, adv, teacher, tau, beta, y, None, needed)
-    loss = plain.reduced(rows.guidance, rows.consistency, beta if rows.beta is None else rows.beta, reduction)
+    rows = _rows(problem, None, needed)
+    loss = plain.reduced(rows.guidance, rows.consistency, rows.beta, problem.reduction)
     return Pass(loss, rows.guidance, rows.consistency, (rows.d_clean, rows.d_adv))
 
 
-def backward(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    upstream: Upstream,
-    held: Gradients | None,
-    needed: tuple[bool, ...],
-) -> Gradients:
+def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:
     """As :func:`plain.backward`: the gradients of the forward pass, scaled; or computed now."""
-    w_guidance, w_consistency = plain.upstream_weights(upstream, reduction, clean.shape[0], adv)
-    if reduction == "terms":
-        rows = _rows(clean, adv, teacher, tau, w_consistency, None, w_guidance, needed)
-        return _cast(rows.d_clean, clean), _cast(rows.d_adv, adv)
-    d_clean, d_adv = held or _rows(clean, adv, teacher, tau, beta, y, None, needed)[3:]
-    return _cast(_weighted_(d_clean, w_guidance), clean), _cast(_weighted_(d_adv, w_guidance), adv)
+    w_guidance, w_consistency = plain.upstream_weights(problem, upstream)
+    if problem.reduction == "terms":
+        d_clean, d_adv = _rows(problem._replace(beta=w_consistency), w_guidance, needed)[3:]
+    else:
+        d_clean, d_adv = held or _rows(problem, None, needed)[3:]
+        _weighted_(d_clean, w_guidance)
+        _weighted_(d_adv, w_guidance)
+    return (
+        None if d_clean is None else d_clean.to(problem.clean.dtype),
+        None if d_adv is None else d_adv.to(problem.adv.dtype),
+    )
 
 
-def _weighted_(d: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    if d is None or weight is None:
-        return d
-    return d.mul_(weight.unsqueeze(1) if weight.ndim else weight)
-
-
-def _cast(d: Tensor | None, like: Tensor) -> Tensor | None:
-    return d if d is None else d.to(like.dtype)
-
-
-def _rows(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    w_guidance: Tensor | None,
-    needed: tuple[bool, ...],
-) -> _Rows:
-    """All rows, block by block. ``beta`` weighs the consistency, ``w_guidance`` (None: 1) the guidance's gradient."""
-    n, classes = clean.shape
+def _rows(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...]) -> _Rows:
+    """All rows, block by block, and the gradients with ``w_guidance`` (None: 1) for the guidance's weights."""
+    n, classes = problem.adv.shape
     # A share for each thread, but of a large problem no more than a fifth.
     block = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
     step = max(1, max(block, BLOCK_ELEMENTS_PER_THREAD) // classes)
     if n <= step:
-        return _block(clean, adv, teacher, tau, beta, y, w_guidance, needed)
-    whole = _Rows(
-        adv.new_empty(n, dtype=torch.float32),
-        adv.new_empty(n, dtype=torch.float32),
-        None if y is None else adv.new_empty(n, dtype=torch.float32),
-        clean.new_empty((n, classes), dtype=torch.float32) if needed[0] else None,
-        adv.new_empty((n, classes), dtype=torch.float32) if needed[1] else None,
-    )
+        return _block(problem, w_guidance, needed)
+
+    def new(*shape: int) -> Tensor:
+        return problem.adv.new_empty(shape, dtype=torch.float32)
+
+    beta = problem.beta if problem.y is None else new(n)
+    d_clean, d_adv = new(n, classes) if needed[0] else None, new(n, classes) if needed[1] else None
+    whole = _Rows(new(n), new(n), beta, d_clean, d_adv)
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        operands = (x[rows] if isinstance(x, Tensor) and x.ndim else x for x in (beta, y, w_guidance))
-        part = _block(clean[rows], adv[rows], teacher[rows], tau, *operands, needed=needed)
+
+        def cut(x: Any, rows: slice = rows) -> Any:
+            return x[rows] if isinstance(x, Tensor) and x.ndim else x
+
+        part = _block(Problem(*map(cut, problem)), cut(w_guidance), needed)
         for into, values in zip(whole, part, strict=True):
-            if into is not None and values is not None:
+            if isinstance(into, Tensor) and isinstance(values, Tensor) and into is not problem.beta:
                 into[rows] = values
     return whole
 
 
-def _block(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    w_guidance: Tensor | None,
-    needed: tuple[bool, ...],
-) -> _Rows:
-    few = clean.numel() <= FEW_CALLS_UP_TO_ELEMENTS
-    found = (_all_at_once if few else _one_by_one)(clean, adv, teacher, tau)
-    by_label = None if y is None else plain.label_weights(found.p_adv, y, beta)
-    w_consistency = beta if by_label is None else by_label
-    return _Rows(found.guidance, found.consistency, by_label, *_gradients_(found, w_guidance, w_consistency, needed))
+def _block(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...]) -> _Rows:
+    few = problem.adv.numel() <= FEW_CALLS_UP_TO_ELEMENTS
+    found = (_all_at_once if few else _one_by_one)(*problem[:4])
+    beta = plain.sample_weights(problem, found.p_adv)
+    return _Rows(found.guidance, found.consistency, beta, *_gradients_(found, w_guidance, beta, needed))
+
+
+def _weighted_(d: Tensor | None, weight: Tensor | None) -> None:
+    if d is not None and weight is not None:
+        d.mul_(weight.unsqueeze(1) if weight.ndim else weight)
 
 
 def _gradients_(

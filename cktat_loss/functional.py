@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from cktat_loss import autograd, checks
-from cktat_loss.autograd import CKTATTerms
+from cktat_loss.plain import Problem
 
 __all__ = ["CKTATTerms", "cktat_loss", "cktat_terms"]
 
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "torch"]
+
+
+class CKTATTerms(NamedTuple):
+    """The two KL terms of Eq. 17, each (N,): ``guidance + beta * consistency`` is the loss of each sample."""
+
+    guidance: Tensor
+    consistency: Tensor
 
 
 @overload
@@ -112,8 +119,14 @@ def cktat_loss(
     checks.flag("detach_clean", detach_clean)
     checks.flag("return_terms", return_terms)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    loss, terms = autograd.cktat_loss(clean, adv_logits, teacher_logits, tau, beta, y, reduction, return_terms, backend)
-    return loss if terms is None else (loss, terms)
+    problem = Problem(clean, adv_logits, teacher_logits, tau, beta, y, reduction)
+    loss, guidance, consistency, _ = autograd.compute(problem, return_terms, backend)
+    assert loss is not None
+    if not return_terms:
+        return loss
+    assert guidance is not None
+    assert consistency is not None
+    return loss, CKTATTerms(guidance, consistency)
 
 
 def cktat_terms(
@@ -144,4 +157,8 @@ def cktat_terms(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    return autograd.cktat_terms(clean, adv_logits, teacher_logits, tau, backend)
+    problem = Problem(clean, adv_logits, teacher_logits, tau, 1.0, None, "terms")
+    _, guidance, consistency, _ = autograd.compute(problem, True, backend)
+    assert guidance is not None
+    assert consistency is not None
+    return CKTATTerms(guidance, consistency)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cktat_loss import checks, functional
-from cktat_loss.autograd import CKTATTerms
-from cktat_loss.functional import Backend, Reduction
+from cktat_loss.functional import Backend, CKTATTerms, Reduction
 from cktat_loss.wrappers import unwrap
 
 

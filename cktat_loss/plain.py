@@ -20,6 +20,18 @@ Upstream = tuple[Tensor | None, ...]
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
+class Problem(NamedTuple):
+    """What is to be computed, as every backend gets it."""
+
+    clean: Tensor
+    adv: Tensor
+    teacher: Tensor
+    tau: float
+    beta: float | Tensor  # weight of the consistency: a number, or a tensor, 0-d or (N,)
+    y: Tensor | None  # labels, which multiply beta by softmax(adv)[y]
+    reduction: str  # "mean", "sum" or "none" of the loss; "terms": no loss, but both terms
+
+
 class Pass(NamedTuple):
     """What a forward pass gives; None where it was not asked for."""
 
@@ -74,21 +86,21 @@ def terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tens
     return guidance, kl_divergence(log_softmax(clean.to(dtype)), log_a)
 
 
-def gradients(
-    clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, w_guidance: Tensor, w_consistency: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of ``(w_guidance * guidance + w_consistency * consistency).sum()`` of :func:`terms`, not cast.
+def gradients(problem: Problem, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``(w_guidance * guidance + w_consistency * consistency).sum()``, cast last.
 
-    Weights are 0-d or (N,).
+    Weights are 0-d or (N,); beta is not in them yet.
     """
+    clean, adv, teacher = problem[:3]
     dtype = compute_dtype(clean, adv, teacher)
     log_c, log_a = log_softmax(clean.to(dtype)), log_softmax(adv.to(dtype))
-    p_c, p_a, p_t = log_c.exp(), log_a.exp(), log_softmax(teacher.to(dtype), tau).exp()
+    p_c, p_a, p_t = log_c.exp(), log_a.exp(), log_softmax(teacher.to(dtype), problem.tau).exp()
     d = torch.where(p_c > 0, log_c - log_a, 0.0)
-    w_g, w_c = w_guidance.unsqueeze(-1), w_consistency.unsqueeze(-1)
+    w_g, w_c = w_guidance.unsqueeze(-1), (sample_weights(problem, p_a) * w_consistency).unsqueeze(-1)
     d_clean = w_c * p_c * (d - (p_c * d).sum(-1, keepdim=True))
     # w_g (p_a - p_t) + w_c (p_a - p_c), with one use of p_a and p_t: a compiler stores an exp that is used twice.
-    return d_clean, (w_g + w_c) * (p_a - p_c) + w_g * (p_c - p_t)
+    d_adv = (w_g + w_c) * (p_a - p_c) + w_g * (p_c - p_t)
+    return d_clean.to(clean.dtype), d_adv.to(adv.dtype)
 
 
 def label_weights(p_adv: Tensor, y: Tensor, beta: float | Tensor) -> Tensor:
@@ -99,9 +111,13 @@ def label_weights(p_adv: Tensor, y: Tensor, beta: float | Tensor) -> Tensor:
     return beta * torch.where((y >= 0) & (y < classes), p, torch.nan)
 
 
-def sample_weights(adv: Tensor, y: Tensor | None, beta: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+def sample_weights(problem: Problem, p_adv: Tensor | None = None) -> float | Tensor:
     """The weights of the consistency: beta, or with labels beta * softmax(adv)[y]. No gradient flows through them."""
-    return beta if y is None else label_weights(log_softmax(adv.detach().to(dtype)).exp(), y, beta)
+    if problem.y is None:
+        return problem.beta
+    if p_adv is None:
+        p_adv = log_softmax(problem.adv.detach().to(compute_dtype(*problem[:3]))).exp()
+    return label_weights(p_adv, problem.y, problem.beta)
 
 
 def reduced(guidance: Tensor, consistency: Tensor, beta: float | Tensor, reduction: str) -> Tensor:
@@ -111,57 +127,30 @@ def reduced(guidance: Tensor, consistency: Tensor, beta: float | Tensor, reducti
     return rows.to(guidance.dtype)
 
 
-def upstream_weights(upstream: Upstream, reduction: str, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def upstream_weights(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """What the terms' gradients are multiplied by, before beta: 0-d or (N,), the 1/N of a mean in it."""
-    w_guidance, w_consistency = upstream if reduction == "terms" else upstream * 2
-    zero = like.new_zeros(()) if w_guidance is None or w_consistency is None else None
-    w_guidance, w_consistency = (zero if w is None else w for w in (w_guidance, w_consistency))
-    assert w_guidance is not None
-    assert w_consistency is not None
-    if reduction == "mean":
-        w_guidance = w_consistency = w_guidance / max(1, n)
+    given = upstream if problem.reduction == "terms" else upstream * 2
+    w_guidance, w_consistency = (problem.adv.new_zeros((), dtype=torch.float32) if w is None else w for w in given)
+    if problem.reduction == "mean":
+        w_guidance = w_consistency = w_guidance / max(1, problem.adv.shape[0])
     return w_guidance, w_consistency
 
 
-def forward(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    return_terms: bool,
-    needed: tuple[bool, ...],
-) -> Pass:
+def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
     """The loss and, if asked for, its terms; of the reduction "terms" those alone.
 
-    Gradients are left to :func:`backward`, which starts from the logits: a compiler that derived it would keep five
-    tensors of their size from one pass to the other.
+    ``needed`` says of clean and adversarial logits whether their gradients will be asked for. Here they are left to
+    :func:`backward`, which starts from the logits: a compiler that derived it would keep five tensors of their size
+    from one pass to the other.
     """
-    guidance, consistency = terms(clean, adv, teacher, tau)
-    if reduction == "terms":
+    guidance, consistency = terms(*problem[:4])
+    if problem.reduction == "terms":
         return Pass(None, guidance, consistency)
-    beta = sample_weights(adv, y, beta, guidance.dtype)
-    loss = reduced(guidance, consistency, beta, reduction)
-    return Pass(loss, guidance, consistency) if return_terms else Pass(loss, None, None)
+    loss = reduced(guidance, consistency, sample_weights(problem), problem.reduction)
+    return Pass(loss, guidance.detach(), consistency.detach()) if return_terms else Pass(loss, None, None)
 
 
-def backward(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    upstream: Upstream,
-    held: Any,
-    needed: tuple[bool, ...],
-) -> Gradients:
-    """The gradients of the loss, or of both terms, cast last. ``held`` is the forward pass's, or None when repeated."""
-    dtype = compute_dtype(clean, adv, teacher)
-    w_guidance, w_consistency = upstream_weights(upstream, reduction, clean.shape[0], adv)
-    w_consistency = sample_weights(adv, y, beta, dtype) * w_consistency
-    d_clean, d_adv = gradients(clean, adv, teacher, tau, w_guidance, w_consistency)
-    return d_clean.to(clean.dtype) if needed[0] else None, d_adv.to(adv.dtype) if needed[1] else None
+def backward(problem: Problem, upstream: Upstream, held: Any, needed: tuple[bool, ...]) -> Gradients:
+    """The gradients of the loss, or of both terms. ``held`` is the forward pass's, or None if this is a repetition."""
+    d_clean, d_adv = gradients(problem, *upstream_weights(problem, upstream))
+    return d_clean if needed[0] else None, d_adv if needed[1] else None

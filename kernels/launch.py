@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cktat_loss.plain import Gradients, Pass, Upstream
+from cktat_loss.plain import Gradients, Pass, Problem, Upstream, upstream_weights
 
 from .rows import rows_kernel
 from .streaming import streaming_kernel
@@ -131,11 +131,10 @@ def plan(
 
 
 class Inputs:
-    """The inputs as the kernels take them, and their kind."""
+    """A problem as the kernels take it, and its kind."""
 
-    def __init__(
-        self, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor, y: Tensor | None
-    ) -> None:
+    def __init__(self, problem: Problem) -> None:
+        clean, adv, teacher, tau, beta, y, self.reduction = problem
         n, classes = clean.shape
         clean, adv, teacher = readable(clean), readable(adv), readable(teacher)
         if y is not None:
@@ -148,7 +147,7 @@ class Inputs:
 
     def launch(
         self,
-        w_guidance: float | Tensor,
+        w_guidance: float | Tensor | None,
         w_consistency: Tensor | None,
         outputs: tuple[Tensor | None, ...],
         made: Plan,
@@ -156,7 +155,7 @@ class Inputs:
         """Fill the outputs: loss, guidance, consistency, d_clean, d_adv."""
         if programs := -(-self.n // made.rows):
             aligned = not (self.pointers | pointer(w_guidance) | pointer(w_consistency)) % 16 and self.n < 1 << 31
-            args = (programs, aligned, *self.args, w_guidance, w_consistency, *outputs)
+            args: tuple[Any, ...] = (programs, aligned, *self.args, w_guidance, w_consistency, *outputs)
             device = self.logits[0]
             if device < 0 or device == torch.cuda.current_device():
                 made.launch(*args)
@@ -189,17 +188,7 @@ def gradients_like(clean: Tensor, adv: Tensor, needed: tuple[bool, ...]) -> Grad
     return clean.new_empty(clean.shape) if needed[0] else None, adv.new_empty(adv.shape) if needed[1] else None
 
 
-def forward(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    return_terms: bool,
-    needed: tuple[bool, ...],
-) -> Pass:
+def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
     """As :func:`cktat_loss.plain.forward`, with the gradients for an upstream gradient of one.
 
     3 element moves a logit position and one for each gradient; with gradients of more than 4,096 classes 3 more. One
@@ -208,8 +197,9 @@ def forward(
     Gradients are left to :func:`backward` where the upstream gradient is never one: of float16, whose GradScaler's
     they need to survive, and of "none" and "terms", where each sample has its own.
     """
+    clean, adv, reduction = problem.clean, problem.adv, problem.reduction
     n, is_reduced = clean.shape[0], reduction in ("mean", "sum")
-    inputs = Inputs(clean, adv, teacher, tau, beta, y)
+    inputs = Inputs(problem)
     half = (needed[0] and clean.dtype == torch.float16) or (needed[1] and adv.dtype == torch.float16)
     now = needed[:2] if is_reduced and not half else (False, False)
     made = plan(*inputs.logits, (*inputs.operands, None, None), reduction, (return_terms, *now), False)
@@ -229,33 +219,21 @@ def forward(
     return Pass(loss, guidance, consistency, (inputs, d_clean, d_adv))
 
 
-def backward(
-    clean: Tensor,
-    adv: Tensor,
-    teacher: Tensor,
-    tau: float,
-    beta: float | Tensor,
-    y: Tensor | None,
-    reduction: str,
-    upstream: Upstream,
-    held: Held | None,
-    needed: tuple[bool, ...],
-) -> Gradients:
+def backward(problem: Problem, upstream: Upstream, held: Held | None, needed: tuple[bool, ...]) -> Gradients:
     """As :func:`cktat_loss.plain.backward`. One launch.
 
     It returns at once where the gradients held are right already, for an upstream gradient of one; else it computes
     them anew, scaled before the cast, into the same memory.
     """
-    w_guidance, w_consistency = upstream if reduction == "terms" else (upstream[0], None)
-    if reduction == "terms":
-        w_guidance, w_consistency = (adv.new_zeros((), dtype=torch.float32) if w is None else w for w in upstream)
-    assert w_guidance is not None
-    inputs, d_clean, d_adv = held or (Inputs(clean, adv, teacher, tau, beta, y), None, None)
+    w_guidance, w_consistency = (
+        upstream_weights(problem, upstream) if problem.reduction == "terms" else (*upstream, None)
+    )
+    inputs, d_clean, d_adv = held or (Inputs(problem), None, None)
     are_held = d_clean is not None or d_adv is not None
     if not are_held:
-        d_clean, d_adv = gradients_like(clean, adv, needed)
+        d_clean, d_adv = gradients_like(problem.clean, problem.adv, needed)
     operands = (*inputs.operands, kind(w_guidance), kind(w_consistency))
-    made = plan(*inputs.logits, operands, reduction, (d_clean is not None, d_adv is not None), are_held)
+    made = plan(*inputs.logits, operands, problem.reduction, (d_clean is not None, d_adv is not None), are_held)
     inputs.launch(w_guidance, w_consistency, (None, None, None, d_clean, d_adv), made)
     return d_clean, d_adv
 
