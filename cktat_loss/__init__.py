@@ -4,7 +4,7 @@ from cktat_loss import functional
 from cktat_loss.loss import CKTATLoss
 from cktat_loss.ops import CKTATTerms
 from cktat_loss.schedules import adaptive_beta
-from cktat_loss.warm_start import WarmStartReport, warm_start
+from cktat_loss.transfer import WarmStartReport, warm_start
 
 __version__ = "0.1.0"
 
