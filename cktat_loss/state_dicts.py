@@ -72,9 +72,10 @@ def pair(student: Collection[str], teacher: Mapping[str, T]) -> tuple[dict[str, 
 
 
 def _unwrapped(state: Mapping[str, T], owner: object = None, *, by_name: bool = False) -> dict[str, T]:
-    """The state under names without wrappers: ``_orig_mod``, and the ``module`` of an owner that is one, or of any.
+    """The state under names without wrappers.
 
-    Only an only child is dropped, so no two names become one.
+    ``_orig_mod`` is always a wrapper's name for the model; ``module`` is if its owner is a wrapper, or if ``by_name``
+    says so for all. Only an only child is taken for one, so no two names become one.
     """
     children: defaultdict[str, dict[str, T]] = defaultdict(dict)
     for name, value in state.items():

@@ -132,6 +132,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def _memory(tensor: Tensor) -> int:
+    """Equal for tensors that share a storage."""
     pointer = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
     return pointer or id(tensor)
 

@@ -81,7 +81,7 @@ def test_parameters_and_buffers_are_copied() -> None:
     assert_same(student.scratch, scratch)  # not part of a state_dict, so not part of the weights
 
 
-def test_values_go_into_the_students_own_memory() -> None:
+def test_values_go_into_the_tensors_that_an_optimizer_holds() -> None:
     def places() -> list[tuple[object, ...]]:
         return [(id(t), t.data_ptr(), t.stride()) for t in student.state_dict(keep_vars=True).values()]
 
@@ -95,15 +95,6 @@ def test_values_go_into_the_students_own_memory() -> None:
     for tensor in teacher.state_dict().values():
         tensor.zero_()
     assert_same(student.state_dict(), copied)
-
-
-def test_an_optimizer_made_before_stays_valid() -> None:
-    student, teacher = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
-    warm_start(student, teacher)
-    student(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    assert_same(student.weight.detach(), teacher.weight.detach() - 0.5)
 
 
 def test_modes_and_requires_grad_stay_as_they_are() -> None:
@@ -184,8 +175,10 @@ def test_nothing_that_matches_is_an_error_even_if_not_strict(teacher: object) ->
     assert_refused(nn.Linear(2, 3, bias=False), teacher, ValueError, "nothing was copied", strict=False)
 
 
-def test_models_without_weights_fit() -> None:
-    assert warm_start(nn.ReLU(), nn.ReLU()) == WarmStartReport((), (), (), ())
+def test_models_without_weights_fit_but_must_be_two() -> None:
+    model = nn.ReLU()
+    assert warm_start(model, nn.ReLU()) == WarmStartReport((), (), (), ())
+    assert_refused(model, model, ValueError, "teacher must share no memory with student, but shares all")
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
@@ -237,20 +230,17 @@ def test_tensors_without_values_are_refused(side: str, kind: str) -> None:
         warm_start(**models)
 
 
-def test_an_expanded_buffer_is_refused() -> None:
-    student = with_buffers(fine=torch.zeros(2), expanded=torch.zeros(1).expand(4))
-    teacher = {"fine": torch.ones(2), "expanded": torch.ones(4)}
-    assert_refused(student, teacher, ValueError, "student: expanded must be writable: .*more than one element")
-
-
-def test_an_inference_tensor_is_refused_to_write_and_fine_to_read() -> None:
+def test_what_cannot_be_written_is_refused_before_the_first_write() -> None:
     with torch.inference_mode():
-        inference = nn.Linear(2, 2)
-    student = nn.Linear(2, 2)
-    mixed = nn.Sequential(nn.Linear(2, 2), inference)
-    assert_refused(mixed, nn.Sequential(student, student), ValueError, r"student: 1\.weight must be writable: .*infer")
-    warm_start(student, inference)
-    assert torch.equal(student.weight, inference.weight)
+        inference = torch.zeros(4)  # fine to read
+    for buffer, why in ((torch.zeros(1).expand(4), "more than one element"), (inference, "inference tensor")):
+        student, teacher = (
+            with_buffers(first=torch.zeros(2), bad=buffer),
+            {"first": torch.ones(2), "bad": inference + 1},
+        )
+        assert_refused(student, teacher, ValueError, f"student: bad must be writable: .*{why}")
+    warm_start(student := with_buffers(good=torch.ones(4)), {"good": inference})
+    assert student.good.tolist() == [0] * 4
 
 
 def test_a_state_dict_made_of_copies_is_refused() -> None:
@@ -271,10 +261,9 @@ class Extra(nn.Linear):
 
 
 def test_extra_state_is_left_out() -> None:
-    for student, teacher in [(Extra(2, 2), Extra(2, 2)), (Extra(2, 2), nn.Linear(2, 2))]:
-        assert warm_start(student, teacher).copied == ("weight", "bias")
-    student, teacher = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(Extra(2, 2))
-    assert warm_start(student, teacher.state_dict()).copied == ("0.weight", "0.bias")
+    extra, plain = nn.Sequential(Extra(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    for student, teacher in [(extra, plain), (plain, extra), (plain, extra.state_dict())]:
+        assert warm_start(student, copy.deepcopy(teacher)).copied == ("0.weight", "0.bias")
 
 
 def test_other_entries_that_are_no_tensors_are_refused() -> None:
@@ -288,11 +277,11 @@ def test_other_entries_that_are_no_tensors_are_refused() -> None:
 
 @pytest.mark.parametrize("left_out", [None, "embed.weight", "out.weight"])
 def test_tied_weights_stay_tied_and_one_name_is_enough(left_out: str | None) -> None:
-    student, state = Tied(), Tied().state_dict()
-    state.pop(left_out, None)
+    student, weight = Tied(), torch.randn(5, 3).fill_diagonal_(float("nan"))
+    state = {name: weight.clone() for name in ("embed.weight", "out.weight") if name != left_out}
     assert warm_start(student, state) == WarmStartReport(("embed.weight", "out.weight"), (), (), ())
     assert student.out.weight is student.embed.weight
-    assert_same(student.out.weight.detach(), next(iter(state.values())))
+    assert_same(student.out.weight.detach(), weight)
 
 
 def test_only_tied_names_may_be_left_out() -> None:
@@ -319,11 +308,6 @@ def test_tied_weights_that_differ_in_the_teacher_are_a_mismatch() -> None:
     assert_same(student.out.weight, teacher.embed.weight)
 
 
-def test_tied_weights_saved_twice_are_the_same_also_with_nan() -> None:
-    weight = torch.full((5, 3), float("nan"))
-    assert warm_start(Tied(), {"embed.weight": weight, "out.weight": weight.clone()}).mismatched == ()
-
-
 # One model in both places.
 
 
@@ -337,11 +321,6 @@ def test_student_and_teacher_must_be_two(view: Callable[[nn.Module], Any]) -> No
     assert_refused(model, view(model), ValueError, "teacher must share no memory with student")
     if isinstance(view(model), nn.Module):
         assert_refused(view(model), model, ValueError, "teacher must share no memory with student")
-
-
-def test_one_model_without_weights_in_both_places() -> None:
-    model = nn.ReLU()
-    assert_refused(model, model, ValueError, "teacher must share no memory with student, but shares all")
 
 
 @pytest.mark.parametrize("shared", ["head.bias", "norm.running_var", "head.bias by a view"])
@@ -362,7 +341,7 @@ def test_a_shared_tensor_is_refused(shared: str) -> None:
 
 @pytest.mark.parametrize("student", [{}, None, "resnet18", Net])
 def test_a_student_that_is_no_module(student: Any) -> None:
-    with pytest.raises(TypeError, match=r"student must be an nn\.Module, got (dict|NoneType|str|type)"):
+    with pytest.raises(TypeError, match=f"student must be an nn.Module, got {type(student).__name__}"):
         warm_start(student, Net())
 
 
@@ -371,9 +350,8 @@ def test_a_teacher_of_no_known_kind(teacher: Any) -> None:
     assert_refused(Net(), teacher, TypeError, f"teacher must be .* path, got {type(teacher).__name__}")
 
 
-@pytest.mark.parametrize("strict", [None, 1, "yes"])
-def test_strict_is_a_bool(strict: Any) -> None:
-    assert_refused(Net(), Net(), TypeError, f"strict must be True or False, got {strict!r}", strict=strict)
+def test_strict_is_a_bool() -> None:
+    assert_refused(Net(), Net(), TypeError, "strict must be True or False, got 1", strict=1)  # type: ignore[arg-type]
 
 
 def test_the_report_reads_well_and_stays_as_it_is() -> None:
