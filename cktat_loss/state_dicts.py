@@ -62,11 +62,11 @@ def pair(student: Collection[str], teacher: Mapping[str, T]) -> tuple[dict[str, 
     """What the teacher has under each of the student's names, and the names that it has besides.
 
     Names alone can't tell a wrapper's ``module`` from a child that somebody called so. Both readings are tried, on both
-    sides alike, and the one that leaves fewer names over is taken.
+    sides alike, and the one in which more names agree is taken.
     """
     names = {name: name for name in student}
     readings = [(_unwrapped(names, by_name=way), _unwrapped(teacher, by_name=way)) for way in (False, True)]
-    ours, theirs = min(readings, key=lambda reading: len(reading[0].keys() ^ reading[1].keys()))
+    ours, theirs = max(readings, key=lambda reading: len(reading[0].keys() & reading[1].keys()))
     pairs = {name: theirs[clean] for clean, name in ours.items() if clean in theirs}
     return pairs, tuple(clean for clean in theirs if clean not in ours)
 
