@@ -418,14 +418,14 @@ MUTATIONS = [
         "state_dicts",
         "if by_name or isinstance(owner, WRAPPERS):",
         "if False:",
-        f"{WRAPPERS}::test_every_nesting_in_a_state_dict",
+        f"{WRAPPERS}::test_every_nesting_of_models_with_names_like_a_wrappers",
     ),
     Mutation(
         "`_orig_mod` not stripped",
         "state_dicts",
         'case ["_orig_mod."]:',
         "case []:",
-        f"{WRAPPERS}::test_every_nesting_in_a_state_dict",
+        f"{WRAPPERS}::test_every_nesting_of_models_with_names_like_a_wrappers",
     ),
     Mutation(
         "partial copy before the error",

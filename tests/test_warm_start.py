@@ -81,34 +81,28 @@ def test_parameters_and_buffers_are_copied() -> None:
     assert_same(student.scratch, scratch)  # not part of a state_dict, so not part of the weights
 
 
-def test_values_go_into_the_tensors_that_an_optimizer_holds() -> None:
-    def places() -> list[tuple[object, ...]]:
-        return [(id(t), t.data_ptr(), t.stride()) for t in student.state_dict(keep_vars=True).values()]
+def test_nothing_but_values_changes() -> None:
+    """The student's tensors are those that its optimizer holds, in their own memory; modes and gradients stay."""
 
-    student, teacher = Net().to(memory_format=torch.channels_last), Net()
+    def state(model: nn.Module) -> tuple[list[bool], list[tuple[object, ...]]]:
+        tensors = model.state_dict(keep_vars=True).values()
+        places = [(id(t), t.data_ptr(), t.stride(), t.requires_grad, t.is_leaf, t.grad is None) for t in tensors]
+        return [module.training for module in model.modules()], places
+
+    student, teacher = Net().to(memory_format=torch.channels_last), Net().eval().requires_grad_(False)
+    student.norm.eval()
+    student.conv.weight.requires_grad_(False)
+    teacher.conv.train()
     teacher.turned = torch.randn(6, 4)[::2]
-    before = places()
+    before = state(student), state(teacher)
     warm_start(student, teacher)
-    assert places() == before
+    assert (state(student), state(teacher)) == before
+
     copied = snapshot(student)
     assert_same(copied, teacher.state_dict())
     for tensor in teacher.state_dict().values():
         tensor.zero_()
     assert_same(student.state_dict(), copied)
-
-
-def test_modes_and_requires_grad_stay_as_they_are() -> None:
-    def state(model: nn.Module) -> tuple[list[bool], list[tuple[bool, bool, bool]]]:
-        parameters = [(p.requires_grad, p.is_leaf, p.grad is None) for p in model.parameters()]
-        return [module.training for module in model.modules()], parameters
-
-    student, teacher = Net(), Net().eval().requires_grad_(False)
-    student.norm.eval()
-    student.conv.weight.requires_grad_(False)
-    teacher.conv.train()
-    before = state(student), state(teacher)
-    warm_start(student, teacher)
-    assert (state(student), state(teacher)) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

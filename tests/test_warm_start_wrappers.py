@@ -104,15 +104,8 @@ def test_every_nesting_against_every_other(around_student: tuple[str, ...], arou
 
 
 @pytest.mark.parametrize("nesting", **nestings)
-def test_every_nesting_in_a_state_dict(nesting: tuple[str, ...]) -> None:
-    student, (teacher, inner_teacher) = Net(), wrap(Net(), nesting)
-    assert warm_start(student, teacher.state_dict()) == ALL
-    assert_same(student, inner_teacher)
-
-
-@pytest.mark.parametrize("nesting", **nestings)
-@pytest.mark.parametrize("model", [Alone, WithSister, Twins, Odd])
-def test_what_is_called_like_a_wrapper_is_none(nesting: tuple[str, ...], model: type[nn.Module]) -> None:
+@pytest.mark.parametrize("model", [Net, Alone, WithSister, Twins, Odd])
+def test_every_nesting_of_models_with_names_like_a_wrappers(nesting: tuple[str, ...], model: type[nn.Module]) -> None:
     (student, inner_student), teacher = wrap(model(), nesting), model()
     assert warm_start(student, teacher).copied == tuple(teacher.state_dict())
     assert_same(inner_student, teacher)
