@@ -184,9 +184,10 @@ def test_models_without_weights_fit_but_must_be_two() -> None:
         (torch.float32, lambda t: t.to(torch.int8), "int8"),
         (torch.int64, lambda t: t, "float32"),
         (torch.float32, Tensor.to_sparse, "float32 sparse_coo"),
-        (torch.float32, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "qint8"),
+        (torch.int64, lambda t: t.to(torch.complex64), "complex64"),
+        (torch.int8, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "qint8"),
     ],
-    ids=["complex to real", "real to complex", "integer to float", "float to integer", "sparse", "quantised"],
+    ids=["complex to real", "real to complex", "to float", "to integer", "sparse", "complex to integer", "quantised"],
 )
 def test_what_no_cast_should_bridge_is_a_mismatch(
     ours: torch.dtype, theirs: Callable[[Tensor], Tensor], described: str
