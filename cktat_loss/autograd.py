@@ -18,7 +18,8 @@ def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
     if _transformed():  # derivatives and maps of any kind, by plain ops alone
         return plain.forward(problem._replace(teacher=teacher.detach()), return_terms, (True, True))
     if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
-        return plain.from_terms(problem, *_InGraph.apply(clean, adv, teacher.detach(), tau), return_terms)
+        guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
+        return plain.from_terms(problem, guidance, consistency, return_terms)
     chosen = _choose(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
         clean, teacher = _savable(clean), _savable(teacher)
@@ -68,8 +69,7 @@ class _Loss(torch.autograd.Function):
 class _InGraph(torch.autograd.Function):
     """Both terms for torch.compile, with a backward pass that starts from the logits.
 
-    Left to derive it, the compiler would keep five tensors of their size from one pass to the other, and a second
-    derivative would be silently wrong where it now raises: see :func:`plain.gradients`.
+    Left to derive it, the compiler would keep five tensors of their size from one pass to the other.
     """
 
     @staticmethod
@@ -81,6 +81,9 @@ class _InGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:
         clean, adv, teacher = ctx.saved_tensors
+        # Starts from the logits themselves: through what a compiler keeps of the forward pass, a second derivative
+        # would be silently wrong up to torch 2.11.
+        clean, adv = -(-clean), -(-adv)
         return *plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency), None, None
 
 
