@@ -31,16 +31,21 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.eager_cost import Cost, counted
 from cktat_loss.kernels import launch
+from cktat_loss.plain import Problem
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-CALLS = ("terms", "loss", "loss with state", "gradients", "loss_and_grads")
+# Forward without gradients, and with them; its backward; a backward with an upstream gradient and a beta for each row;
+# and our recipe: labels, both terms, and no gradient to the clean logits.
+CALLS = ("loss", "training", "backward", "backward by rows", "recipe")
 DTYPES = ("float32", "bfloat16", "float16")
 CLASSES = (10, 100, 1000, 21841)
 TAU, BETA = 5.3, 5.7
+KNOWS_BLACKWELL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Functions of the kernels that access a number a row. All other accesses are of logits and gradients.
-ROW_VALUES = {"row_operand", "rates", "store_losses", "save_state", "load_state", "sum_kernel"}
+ROW_VALUES = {"per_row", "load_labels", "rates", "store_losses", "rows_kernel", "streaming_kernel"}
 FUNCTIONS = {
     path.name: [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
     for path in Path(launch.__file__).parent.glob("*.py")
@@ -55,13 +60,13 @@ class Variant(NamedTuple):
     dtype: str  # or "mixed": clean float32, adversarial bfloat16, teacher float16
     classes: int
     row_stride: int = 0  # of the logits, in elements; 0 means contiguous
-    tensors: bool = False  # tau, beta and the weights are tensors, not numbers
+    tensors: bool = False  # beta is a tensor of weights, not a number
     rows: int = 4096
 
     def __str__(self) -> str:
         text = f"{self.target} {self.call} {self.dtype} C={self.classes}"
         text += f" row stride {self.row_stride}" if self.row_stride else ""
-        text += " tensor operands" if self.tensors else ""
+        text += " weights" if self.tensors else ""
         return text + (f" N={self.rows}" if self.rows != Variant._field_defaults["rows"] else "")
 
     @property
@@ -76,14 +81,20 @@ class Variant(NamedTuple):
         return 128 if self.streams and not self.row_stride else 8 * itemsize * aligned
 
 
+def unknown(target: str) -> str:
+    """Why this Triton cannot compile for a target; or nothing."""
+    return f"Triton {triton.__version__} knows no {target}" if target == "sm_100" and not KNOWS_BLACKWELL else ""
+
+
 class Launch(NamedTuple):
     kernel: Any
     programs: int
     args: tuple[Any, ...]
+    constants: dict[str, Any]
     options: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        named = zip(self.kernel.arg_names, self.args, strict=False)  # the options hold the rest
+        named = zip(self.kernel.arg_names, self.args, strict=False)  # the constants are the rest
         return {name: x for name, x in named if isinstance(x, Tensor)}
 
     def readings(self) -> int:
@@ -91,45 +102,48 @@ class Launch(NamedTuple):
         return 2 if self.kernel.__name__ == "streaming_kernel" and self.gradients() else 1
 
     def gradients(self) -> int:
-        return sum(name in ("d_clean", "d_adv") for name in self.tensors())
+        return sum(name in ("d_clean_ptr", "d_adv_ptr") for name in self.tensors())
 
-    def traffic(self) -> Counter[str]:
-        """Elements and bytes loaded and stored. Row values count once, though some programs share them."""
-        total: Counter[str] = Counter()
+    def cost(self) -> Cost:
+        """Of all that it loads and stores. Row values count once, though some programs share them."""
+        total = Cost(1, 0, 0)
         for name, x in self.tensors().items():
-            times = self.readings() if name in ("t", "c", "a") else 1
-            total += Counter(elements=times * x.numel(), bytes=times * x.numel() * x.element_size())
+            times = self.readings() if name in ("clean_ptr", "adv_ptr", "teacher_ptr") else 1
+            total += Cost(0, times * x.numel(), times * x.numel() * x.element_size())
         return total
 
 
-def record(variant: Variant) -> list[Launch]:
-    """The launches of a call, none of which happens."""
-    n, width = variant.rows, variant.row_stride or variant.classes
+def record(variant: Variant) -> tuple[Launch, Cost]:
+    """The launch of a call, which does not happen, and the cost of what torch does beside it."""
+    n, width, call = variant.rows, variant.row_stride or variant.classes, variant.call
     dtypes = ("float32", "bfloat16", "float16") if variant.dtype == "mixed" else [variant.dtype] * 3
 
-    def meta(*shape: int, dtype: str = "float32") -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    clean, adv, teacher = (meta(n, width, dtype=dtype)[:, : variant.classes] for dtype in dtypes)
-    tau, beta, weight = (meta(), meta(n), meta()) if variant.tensors else (TAU, BETA, 0.5)
+    clean, adv, teacher = (meta(n, width, dtype=getattr(torch, dtype))[:, : variant.classes] for dtype in dtypes)
+    y = meta(n, dtype=torch.int64) if call == "recipe" else None
+    beta = meta(n) if variant.tensors or call == "backward by rows" else BETA
+    problem = Problem(clean, adv, teacher, TAU, beta, y, "none" if call == "backward by rows" else "mean")
     seen: list[Launch] = []
 
-    def instead(plan: launch.Plan, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        seen.append(Launch(kernel, programs, args, options))
+    def instead(plan: launch.Plan, programs: int, aligned: bool, *args: Any) -> None:
+        seen.append(Launch(plan.kernel, programs, args, plan.constants, plan.options))
+
+    def make() -> None:
+        if call == "backward by rows":
+            launch.backward(problem, (meta(n),), None, (True, True))
+            return
+        needed = {"loss": (False, False), "recipe": (False, True)}.get(call, (True, True))
+        held = launch.forward(problem, call == "recipe", needed).held
+        if call == "backward":
+            launch.backward(problem, (meta(),), held, needed)
 
     with patch.object(launch.Plan, "launch", instead):
-        if variant.call == "terms":
-            launch.terms(clean, adv, teacher, tau)
-        elif variant.call in ("loss", "loss with state"):
-            launch.loss(clean, adv, teacher, tau, beta, "mean", save_state=variant.call == "loss with state")
-        elif variant.call == "gradients":  # as autograd asks for them: the upstream gradient is a tensor
-            state, upstream = meta(launch.STATE_ROWS, n), meta()
-            launch.gradients(clean, adv, teacher, tau, state, upstream, upstream, beta=beta, scale=1 / n)
-        elif variant.call == "loss_and_grads":
-            launch.loss_and_grads(clean, adv, teacher, tau, beta, "mean", weight)
-        else:
-            raise ValueError(f"no such call: {variant.call}")
-    return seen
+        if call not in CALLS:
+            raise ValueError(f"no such call: {call}")
+        beside = counted(make)
+    return seen[-1], Cost(0, 0, 0) if call.startswith("backward") else beside
 
 
 class AbsentGPU:
@@ -172,7 +186,7 @@ class Machine:
 
 def compile_for(target: str, one: Launch) -> Machine:
     triton.runtime.driver.set_active(AbsentGPU(target))
-    return read(one.kernel.warmup(*one.args, grid=(one.programs,), **one.options))
+    return read(one.kernel.warmup(*one.args, grid=(one.programs,), **one.constants, **one.options))
 
 
 @cache  # Triton returns the same object for the same kernel, and the disassembler takes as long as compiling
@@ -255,27 +269,20 @@ def function_at(file: str, line: int) -> str:
 
 @dataclass
 class Built:
-    """A call as compiled. Most calls are one kernel and, for a mean, the sum of its partial sums."""
+    """A call as compiled."""
 
     variant: Variant
-    machines: list[Machine]  # one a launch
+    machine: Machine
     readings: int
     gradients: int
-    elements: int  # loaded and stored by all launches
-    bytes: int
-
-    @property
-    def machine(self) -> Machine:
-        """Of the kernel that does the work."""
-        return self.machines[0]
+    cost: Cost
+    done_at_one: bool  # returns at once for an upstream gradient of one
 
 
 def build(variant: Variant) -> Built:
-    launches = record(variant)
-    traffic = sum((one.traffic() for one in launches), Counter())
-    machines = [compile_for(variant.target, one) for one in launches]
-    first = launches[0]
-    return Built(variant, machines, first.readings(), first.gradients(), traffic["elements"], traffic["bytes"])
+    one, beside = record(variant)
+    machine = compile_for(variant.target, one)
+    return Built(variant, machine, one.readings(), one.gradients(), one.cost() + beside, one.constants["DONE_AT_ONE"])
 
 
 def build_all(variants: Iterable[Variant]) -> dict[Variant, Built]:

@@ -12,7 +12,8 @@ what fits into the L2 cache (50 MB on an H100) doesn't go to memory between two 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +29,14 @@ EXPRESSIONS: dict[str, Loss] = {
 }
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     launches: int
     elements: int  # read and written
     bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.launches + other.launches, self.elements + other.elements, self.bytes + other.bytes)
 
 
 class CountOperators(TorchDispatchMode):
@@ -46,10 +51,8 @@ class CountOperators(TorchDispatchMode):
         if not view and not name.startswith(("empty", "new_empty")):
             read = () if name.endswith("_like") else (args, kwargs)  # ones_like looks at the shape alone
             tensors = [x for x in tree_leaves((read, out)) if isinstance(x, Tensor)]
-            self.cost = Cost(
-                self.cost.launches + 1,
-                self.cost.elements + sum(distinct(x) for x in tensors),
-                self.cost.bytes + sum(distinct(x) * x.element_size() for x in tensors),
+            self.cost += Cost(
+                1, sum(distinct(x) for x in tensors), sum(distinct(x) * x.element_size() for x in tensors)
             )
         return out
 
