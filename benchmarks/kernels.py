@@ -41,8 +41,7 @@ Compiled ahead of time and read from the machine code, or counted. **Nothing her
 
 - Moves: elements read and written for each of the N x C logit positions. Ours are the recorded launches' arguments; the
   interpreter's traffic test proves how often each is accessed. Eager ones are counted operator by operator. The
-  backward
-  launch returns at once for an upstream gradient of 1; with float16 logits the forward leaves all gradients to it.
+  backward launch returns at once for an upstream gradient of 1; of float16 logits it makes all gradients.
 - us on an H100: bytes / 3.0e12, a lower bound from memory traffic alone. Small problems wait for launches instead.
 - Loads and stores of logits and gradients, counted in the text of one thread: 128 x 12 is twelve of 128 bits. Narrower
   ones beside them are the edges of rows of odd length.

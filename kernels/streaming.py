@@ -138,12 +138,12 @@ def streaming_kernel(
     zero = tl.zeros((1, 1, SLOTS), tl.float32)
     max_c, max_a, max_t, log_c, log_a, log_t, guidance, consistency = none, none, none, zero, zero, zero, zero, zero
     if C % 8 != 0:
-        cols, mask = edges(head, length, C)
+        beside, on_edge = edges(head, length, C)
         max_c, max_a, max_t, log_c, log_a, log_t, guidance, consistency = add_chunk(
             slot == CHUNKS,
-            load_logits(clean_ptr + cols, mask),
-            load_logits(adv_ptr + cols, mask),
-            load_logits(teacher_ptr + cols, mask),
+            load_logits(clean_ptr + beside, on_edge),
+            load_logits(adv_ptr + beside, on_edge),
+            load_logits(teacher_ptr + beside, on_edge),
             rate, rate_log2e, max_c, max_a, max_t, log_c, log_a, log_t, guidance, consistency,
         )  # fmt: skip
     for k in range(CHUNKS):
@@ -173,9 +173,9 @@ def streaming_kernel(
         w_c *= weight
         start = interior_start(row, head, C, C)
         if C % 8 != 0:
-            cols, mask = edges(head, length, C)
+            beside, on_edge = edges(head, length, C)
             store_chunk_gradients(
-                clean_ptr, adv_ptr, teacher_ptr, d_clean_ptr, d_adv_ptr, start + cols, cols, mask, rate_log2e,
+                clean_ptr, adv_ptr, teacher_ptr, d_clean_ptr, d_adv_ptr, start + beside, beside, on_edge, rate_log2e,
                 max_c, max_a, max_t, log_c, log_a, log_t, consistency, w_g, w_c,
             )  # fmt: skip
         for k in range(CHUNKS):
