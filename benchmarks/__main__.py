@@ -1,6 +1,7 @@
 """All benchmarks of this machine, their pictures, and the README's tables, within some minutes.
 
 python -m benchmarks          (--help explains the options)
+python -m benchmarks host     the host's share of a small loss, on a GPU: see benchmarks/host.py
 
 Each program runs in a process of its own, so that none inherits another's memory, threads or compiled code.
 """
@@ -67,4 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["host"]:
+        from benchmarks import host
+
+        host.main(sys.argv[2:])
+    else:
+        main()
