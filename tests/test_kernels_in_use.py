@@ -1,9 +1,10 @@
-"""The Triton backend as users meet it: when it is taken, as operators, without a glance at the data."""
+"""When the Triton kernels are taken, what they launch, and what they leave in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cktat_loss import CKTATLoss, functional, kernels, operators, ops
+from cktat_loss import CKTATLoss, autograd, functional, kernels
 from tests import oracle
-from tests.forms import by_autograd, rows_of_loss
 
 pytest.importorskip("triton", reason="needs Triton")
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
 
 TAU, BETA = 0.7, 5.3
+FAMILIES = pytest.mark.parametrize("shape", [(128, 10), (300, 10), (3, 5003)], ids=["one program", "rows", "streaming"])
 
 
 def logits(n: int = 5, classes: int = 10, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,29 +27,37 @@ def logits(n: int = 5, classes: int = 10, dtype: torch.dtype = torch.float32) ->
     return clean.requires_grad_(), adv.requires_grad_(), teacher
 
 
-def test_by_name_on_cpu_tensors(launches: list[str]) -> None:
-    clean, adv, teacher = logits()
-    criterion = CKTATLoss(nn.Identity(), TAU, BETA, backend="triton")
-    criterion(clean, adv, teacher).backward()
-    true = oracle.truth(clean, adv, teacher, TAU, BETA)
-    assert oracle.gradient_error(adv.grad, true.d_adv / 5, true.unit_adv / 5) <= 2e-5
-    assert launches == ["rows_kernel", "sum_kernel", "rows_backward_kernel"]
+def loss_of(*inputs: Tensor, **options: Any) -> Any:
+    return functional.cktat_loss(*inputs, TAU, BETA, backend="triton", **options)
+
+
+def held(loss: Tensor) -> list[Tensor | None]:
+    """The gradients that the forward pass has made."""
+    return list(loss.grad_fn.held[1:])  # type: ignore[union-attr]
+
+
+# When.
 
 
 def test_on_cpu_tensors_by_name_alone(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_to_triton", ops._to_triton.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(autograd, "_choose", autograd._choose.__wrapped__)  # type: ignore[attr-defined]
     for backend in ("auto", "torch"):
         functional.cktat_loss(*logits(), backend=backend).backward()  # type: ignore[arg-type]
     assert launches == []
+    clean, adv, teacher = logits()
+    CKTATLoss(nn.Identity(), TAU, BETA, backend="triton")(clean, adv, teacher).backward()
+    true = oracle.truth(clean, adv, teacher, TAU, BETA)
+    assert oracle.gradient_error(adv.grad, true.d_adv / 5, true.unit_adv / 5) <= 2e-5
+    assert launches == ["rows_kernel", "rows_kernel"]
 
 
 def test_float64_is_refused_by_name() -> None:
     clean, adv, teacher = logits()
     with pytest.raises(TypeError, match=r"backend='triton' takes half and single precision, got adv_logits: .*float64"):
-        functional.cktat_loss(clean, adv.double(), teacher, backend="triton")
+        loss_of(clean, adv.double(), teacher)
 
 
-def test_tensors_without_memory_of_their_own_are_left_to_the_closed_form() -> None:
+def test_tensors_without_memory_of_their_own_are_left_to_plain_ops() -> None:
     from torch._subclasses import FakeTensorMode
 
     class Wrapped(Tensor):
@@ -63,95 +72,16 @@ def test_tensors_without_memory_of_their_own_are_left_to_the_closed_form() -> No
     assert loss.shape == ()
 
 
-def test_launches_and_nothing_else(launches: list[str]) -> None:
-    """A training step of the loss: two launches forward, one backward, and no operation of torch's beside memory."""
-
-    class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen[op.name()] += 1
-            return op(*args, **(kwargs or {}))
-
-    seen: Counter[str] = Counter()
-    clean, adv, teacher = logits()
-    upstream, beta = torch.tensor(3.0), torch.rand(5)
-    with Counting():
-        loss = functional.cktat_loss(clean, adv, teacher, TAU, beta, backend="triton")
-        torch.autograd.grad(loss, (clean, adv), upstream)
-    memory = {"aten::detach", "aten::new_empty", "aten::empty.memory_format", "aten::fill_.Scalar", "aten::view"}
-    assert set(seen) <= memory, seen
-    assert launches == ["rows_kernel", "sum_kernel", "rows_backward_kernel"]
-
-
-@pytest.mark.parametrize("classes", [10, 5003])
-def test_bit_for_bit_the_same_again(classes: int) -> None:
-    args = *logits(300 if classes == 10 else 3, classes), TAU, BETA
-    first = functional.cktat_loss_and_grads(*args, backend="triton")
-    for one, other in zip(first, functional.cktat_loss_and_grads(*args, backend="triton"), strict=True):
-        assert torch.equal(one, other)
-    graphs = [by_autograd(rows_of_loss, *args) for _ in range(2)]
-    for one, other in zip(*graphs, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in opcheck
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_operators(dtype: torch.dtype) -> None:
-    clean, adv, teacher = logits(dtype=dtype)
-    tau = torch.tensor(TAU)
-    torch.library.opcheck(operators.terms, (clean, adv, teacher, tau))
-    state = operators.terms(clean, adv, teacher, tau)[2].detach()
-    for needed in ((True, True), (True, False), (False, True)):
-        inputs = clean.detach(), adv.detach(), teacher, tau, state, torch.rand(5), torch.rand(5), *needed
-        torch.library.opcheck(operators.gradients, inputs)
-
-
-def test_operators_under_autocast() -> None:
-    clean, adv, teacher = logits()
-    plain = operators.terms(clean, adv, teacher, torch.tensor(TAU))
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = operators.terms(clean, adv, teacher, torch.tensor(TAU))
-    for one, other in zip(inside, plain, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_an_operator_differentiated_twice_raises() -> None:
-    clean, adv, teacher = logits()
-    guidance, consistency, _ = operators.terms(clean, adv, teacher, torch.tensor(TAU))
-    (d_adv,) = torch.autograd.grad((guidance + consistency).sum(), adv, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        d_adv.square().sum().backward()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_compiled_as_operators(reduction: Any, launches: list[str]) -> None:
-    """One graph with the kernels in it, whatever tau, beta and the batch become, compiled anew once for each."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def loss(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float) -> Tensor:
-        return functional.cktat_loss(clean, adv, teacher, tau, beta, reduction=reduction, backend="triton")
-
-    compiled = torch.compile(loss, backend=counter, fullgraph=True)
-    steps = (5, 0.7, 5.3), (5, 1.7, 5.3), (5, 2.7, 5.3), (5, 2.7, 1.3), (5, 2.7, 2.3), (7, 3.1, 3.3), (9, 1.0, 2.0)
-    for n, tau, beta in steps:
-        clean, adv, teacher = logits(n)
-        value = compiled(clean, adv, teacher, tau, beta)
-        rows, d_clean, d_adv = value.detach(), *torch.autograd.grad(value.sum(), (clean, adv))
-        true = oracle.truth(clean, adv, teacher, tau, beta)
-        expected = true.rows if reduction == "none" else getattr(true.rows, reduction)()
-        scale = 1 / n if reduction == "mean" else 1.0
-        assert oracle.loss_error(rows, expected) <= 2e-5
-        assert oracle.gradient_error(d_clean, scale * true.d_clean, scale * true.unit_clean) <= 2e-5
-        assert oracle.gradient_error(d_adv, scale * true.d_adv, scale * true.unit_adv) <= 2e-5
-    assert counter.frame_count <= 4
-    assert set(launches) == {"rows_kernel", "rows_backward_kernel"}
+def test_a_graph_has_plain_ops_instead(launches: list[str]) -> None:
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    inputs = logits()
+    compiled(*inputs).backward()
+    assert launches == []
 
 
 @pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.script")  # torch's own, when it first loads its forward mode
-@pytest.mark.parametrize("f", [torch.func.grad, torch.func.hessian], ids=["grad", "hessian"])
-def test_transforms_by_name(f: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("f", [torch.func.grad, torch.func.hessian, torch.func.jacfwd], ids=lambda f: f.__name__)
+def test_transforms_have_them_too(f: Callable[..., Any], launches: list[str]) -> None:
     clean, adv, teacher = (x.detach() for x in logits(3, 4))
 
     def loss(backend: Any) -> Callable[[Tensor], Tensor]:
@@ -160,9 +90,159 @@ def test_transforms_by_name(f: Callable[..., Any]) -> None:
     torch.testing.assert_close(f(loss("triton"))(adv), f(loss("torch"))(adv))
     many = torch.stack((adv, 2 * adv))
     torch.testing.assert_close(torch.vmap(f(loss("triton")))(many), torch.vmap(f(loss("torch")))(many))
+    assert launches == []
+
+
+# What they launch.
+
+
+@contextmanager
+def torch_ops() -> Iterator[Counter[str]]:
+    """What torch is asked to do, but for memory and views of it."""
+    nothing = {"detach", "new_empty", "empty.memory_format", "empty_like", "view", "fill_.Scalar", "ones_like", "expand"}
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = op.name().removeprefix("aten::")
+            seen.update([name] * (name not in nothing))
+            return op(*args, **(kwargs or {}))
+
+    seen: Counter[str] = Counter()
+    with Counting():
+        yield seen
+
+
+@FAMILIES
+@pytest.mark.parametrize("options", ["", "y", "return_terms", "beta", "detach_clean"])
+@pytest.mark.parametrize("upstream", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_launch_forward_and_one_backward(
+    dtype: torch.dtype, upstream: float, options: str, shape: tuple[int, int], launches: list[str]
+) -> None:
+    """And where several programs share a loss, one sum of torch's; nothing else but memory."""
+    clean, adv, teacher = logits(*shape, dtype)
+    weights = torch.rand(shape[0]) if options == "beta" else BETA
+    asked: dict[str, Any] = {"y": {"y": torch.arange(shape[0]) % 10}, "": {}, "beta": {}}.get(options, {options: True})
+    scale = torch.tensor(upstream)
+    with torch_ops() as seen:
+        loss = functional.cktat_loss(clean, adv, teacher, TAU, weights, backend="triton", **asked)
+        loss = loss[0] if options == "return_terms" else loss
+        torch.autograd.grad(loss, adv if options == "detach_clean" else (clean, adv), scale)
+    assert launches == ["streaming_kernel" if shape[1] > 4096 else "rows_kernel"] * 2
+    looked_at = Counter({"min": 1, "max": 1, "_local_scalar_dense": 2}) if options == "y" else Counter()
+    assert seen - looked_at == Counter(sum=int(shape != (128, 10)))
 
 
 def test_an_empty_batch_launches_nothing(launches: list[str]) -> None:
-    functional.cktat_loss(*logits(0), backend="triton").backward()
-    assert kernels.loss_and_grads(*logits(0), TAU, BETA, "mean").loss.isnan()
+    loss = loss_of(*logits(0))
+    loss.backward()
+    assert loss.isnan()
     assert launches == []
+
+
+@FAMILIES
+def test_bit_for_bit_the_same_again(shape: tuple[int, int]) -> None:
+    inputs = logits(*shape)
+    results = []
+    for _ in range(2):
+        loss = loss_of(*inputs)
+        results.append((loss, *torch.autograd.grad(loss, inputs[:2])))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+# What they leave in memory.
+
+
+@FAMILIES
+def test_at_upstream_one_the_held_gradients_are_the_result(shape: tuple[int, int]) -> None:
+    """The backward launch does not touch them."""
+    inputs = logits(*shape)
+    loss = loss_of(*inputs)
+    buffers = held(loss)
+    for buffer in buffers:
+        assert buffer is not None
+        buffer[-1, -1] = 7.0  # what nobody would compute
+    pointers = [buffer.data_ptr() for buffer in buffers if buffer is not None]
+    del buffers, buffer
+    results = torch.autograd.grad(loss, inputs[:2])
+    assert [d.data_ptr() for d in results] == pointers
+    assert all(d[-1, -1] == 7.0 for d in results)
+
+
+@FAMILIES
+@pytest.mark.parametrize("upstream", [2.5, 0.0, -1.0, float("nan")])
+def test_at_another_upstream_they_are_computed_anew_into_the_same_memory(
+    upstream: float, shape: tuple[int, int]
+) -> None:
+    inputs = logits(*shape, dtype=torch.bfloat16)
+    loss = loss_of(*inputs)
+    pointers = [buffer.data_ptr() for buffer in held(loss) if buffer is not None]
+    for buffer in held(loss):
+        assert buffer is not None
+        buffer.fill_(torch.nan)
+    del buffer
+    results = torch.autograd.grad(loss, inputs[:2], torch.tensor(upstream))
+    assert [d.data_ptr() for d in results] == pointers
+    if upstream != upstream:
+        assert all(d.isnan().all() for d in results)
+        return
+    true, scale = oracle.truth(*inputs, TAU, BETA), upstream / shape[0]
+    for d, expected, unit in zip(results, true[3:5], true[5:], strict=True):
+        assert oracle.gradient_error(d, scale * expected, abs(scale) * unit) <= 2e-5
+
+
+@FAMILIES
+@pytest.mark.parametrize("first", [1.0, 2.5])
+def test_a_second_pass_has_memory_of_its_own(first: float, shape: tuple[int, int]) -> None:
+    inputs = logits(*shape)
+    loss = loss_of(*inputs)
+    pointers = {buffer.data_ptr() for buffer in held(loss) if buffer is not None}
+    kept = torch.autograd.grad(loss, inputs[:2], torch.tensor(first), retain_graph=True)
+    copies = [d.clone() for d in kept]
+    again = torch.autograd.grad(loss, inputs[:2], torch.tensor(3.5 - first), retain_graph=True)
+    assert pointers.isdisjoint(d.data_ptr() for d in again)
+    assert all(torch.equal(d, copy) for d, copy in zip(kept, copies, strict=True))
+
+
+LAZY: dict[str, tuple[torch.dtype, torch.dtype, str]] = {
+    "float16": (torch.float16, torch.float16, "mean"),
+    "clean float16": (torch.float16, torch.float32, "sum"),
+    "adv float16": (torch.float32, torch.float16, "mean"),
+    "none": (torch.float32, torch.float32, "none"),
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_gradients_that_would_not_be_right_yet_wait_for_the_backward_pass(name: str) -> None:
+    of_clean, of_adv, reduction = LAZY[name]
+    clean, adv, teacher = logits()
+    clean, adv = clean.detach().to(of_clean).requires_grad_(), adv.detach().to(of_adv).requires_grad_()
+    assert held(loss_of(clean, adv, teacher, reduction=reduction)) == [None, None]
+    guidance, _ = functional.cktat_terms(*logits(), TAU, backend="triton")
+    assert held(guidance) == [None, None]
+
+
+def test_float16_logits_that_need_no_gradient_make_nobody_wait() -> None:
+    clean, adv, teacher = logits()
+    half = clean.detach().half().requires_grad_()
+    assert [d is None for d in held(loss_of(half, adv, teacher.half(), detach_clean=True))] == [True, False]
+    assert [d is None for d in held(loss_of(half.detach(), adv, teacher))] == [True, False]
+    assert [d is None for d in held(loss_of(clean, adv.detach().half(), teacher))] == [False, True]
+
+
+def test_marked_tests_run_here_too() -> None:
+    """None of those marked ``kernels`` is left out of this run by mistake."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    folder = Path(__file__).parent
+    files = [path.name for path in folder.glob("test_*.py") if "mark.kernels" in path.read_text() and path.name != Path(__file__).name]
+    assert len(files) > 5
+
+    def collected(mark: str) -> set[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", mark, *files]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=300)
+        return {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
+
+    assert collected("interpreter") == collected("kernels and not torch_only and not slow_in_the_interpreter")
