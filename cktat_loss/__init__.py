@@ -3,7 +3,7 @@
 from cktat_loss import functional
 from cktat_loss.functional import CKTATTerms
 from cktat_loss.loss import CKTATLoss
-from cktat_loss.warm_start import WarmStartReport, warm_start
+from cktat_loss.transfer import WarmStartReport, warm_start
 from cktat_loss.weights import adaptive_beta
 
 __version__ = "0.2.0"

@@ -17,6 +17,9 @@ def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
     clean, adv, teacher, tau, beta, y, reduction = problem
     if _transformed():  # derivatives and maps of any kind, by plain ops alone
         return plain.forward(problem._replace(teacher=teacher.detach()), return_terms, (True, True))
+    if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
+        guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
+        return plain.from_terms(problem, guidance, consistency, return_terms)
     chosen = _choose(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
         clean, teacher = _savable(clean), _savable(teacher)
@@ -63,10 +66,29 @@ class _Loss(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None, None
 
 
+class _InGraph(torch.autograd.Function):
+    """Both terms for torch.compile, with a backward pass that starts from the logits.
+
+    Left to derive it, the compiler would keep five tensors of their size from one pass to the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+        ctx.tau = tau
+        ctx.save_for_backward(clean, adv, teacher)
+        return plain.terms(clean, adv, teacher, tau)
+
+    @staticmethod
+    def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:
+        clean, adv, teacher = ctx.saved_tensors
+        # Starts from the logits themselves: through what a compiler keeps of the forward pass, a second derivative
+        # would be silently wrong up to torch 2.11.
+        clean, adv = -(-clean), -(-adv)
+        return *plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency), None, None
+
+
 def _choose(backend: str, *logits: Tensor) -> ModuleType:
     """Who computes it: a module with a ``forward`` and a ``backward`` like plain's."""
-    if torch.compiler.is_compiling():
-        return plain  # which the compiler fuses, at half the host's cost of an operator of ours
     on_cpu = logits[0].device.type == "cpu"
     # In Triton's interpreter the kernels take CPU tensors too, but only where asked for by name.
     if backend == "triton" or (backend == "auto" and not on_cpu and all(map(kernels.supports, logits))):
@@ -88,8 +110,6 @@ def _savable(x: Tensor) -> Tensor:
 
 def _is_differentiated(upstream: Upstream) -> bool:
     """Whether a backward pass is to be differentiated itself, or is mapped over many upstream gradients."""
-    if torch.compiler.is_compiling():
-        return False
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()

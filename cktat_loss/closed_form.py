@@ -111,7 +111,7 @@ def _rows(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...])
 def _block(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...]) -> _Rows:
     few = problem.adv.numel() <= FEW_CALLS_UP_TO_ELEMENTS
     found = (_all_at_once if few else _one_by_one)(*problem[:4])
-    beta = plain.sample_weights(problem, found.p_adv)
+    beta = problem.beta if problem.y is None else plain.label_weights(found.p_adv, problem.y, problem.beta)
     return _Rows(found.guidance, found.consistency, beta, *_gradients_(found, w_guidance, beta, needed))
 
 

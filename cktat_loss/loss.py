@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cktat_loss import checks, functional
 from cktat_loss.functional import Backend, CKTATTerms, Reduction
-from cktat_loss.wrappers import unwrap
+from cktat_loss.state_dicts import unwrap
 
 
 class CKTATLoss(nn.Module):

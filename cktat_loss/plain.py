@@ -86,17 +86,18 @@ def terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tens
     return guidance, kl_divergence(log_softmax(clean.to(dtype)), log_a)
 
 
-def gradients(problem: Problem, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(
+    clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, w_guidance: Tensor, w_consistency: Tensor
+) -> tuple[Tensor, Tensor]:
     """The gradients of ``(w_guidance * guidance + w_consistency * consistency).sum()``, cast last.
 
-    Weights are 0-d or (N,); beta is not in them yet.
+    Weights are 0-d or (N,).
     """
-    clean, adv, teacher = problem[:3]
     dtype = compute_dtype(clean, adv, teacher)
     log_c, log_a = log_softmax(clean.to(dtype)), log_softmax(adv.to(dtype))
-    p_c, p_a, p_t = log_c.exp(), log_a.exp(), log_softmax(teacher.to(dtype), problem.tau).exp()
+    p_c, p_a, p_t = log_c.exp(), log_a.exp(), log_softmax(teacher.to(dtype), tau).exp()
     d = torch.where(p_c > 0, log_c - log_a, 0.0)
-    w_g, w_c = w_guidance.unsqueeze(-1), (sample_weights(problem, p_a) * w_consistency).unsqueeze(-1)
+    w_g, w_c = w_guidance.unsqueeze(-1), w_consistency.unsqueeze(-1)
     d_clean = w_c * p_c * (d - (p_c * d).sum(-1, keepdim=True))
     # w_g (p_a - p_t) + w_c (p_a - p_c), with one use of p_a and p_t: a compiler stores an exp that is used twice.
     d_adv = (w_g + w_c) * (p_a - p_c) + w_g * (p_c - p_t)
@@ -111,13 +112,12 @@ def label_weights(p_adv: Tensor, y: Tensor, beta: float | Tensor) -> Tensor:
     return beta * torch.where((y >= 0) & (y < classes), p, torch.nan)
 
 
-def sample_weights(problem: Problem, p_adv: Tensor | None = None) -> float | Tensor:
+def sample_weights(problem: Problem) -> float | Tensor:
     """The weights of the consistency: beta, or with labels beta * softmax(adv)[y]. No gradient flows through them."""
     if problem.y is None:
         return problem.beta
-    if p_adv is None:
-        p_adv = log_softmax(problem.adv.detach().to(compute_dtype(*problem[:3]))).exp()
-    return label_weights(p_adv, problem.y, problem.beta)
+    adv = problem.adv.detach().to(compute_dtype(*problem[:3]))
+    return label_weights(log_softmax(adv).exp(), problem.y, problem.beta)
 
 
 def reduced(guidance: Tensor, consistency: Tensor, beta: float | Tensor, reduction: str) -> Tensor:
@@ -137,13 +137,15 @@ def upstream_weights(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tens
 
 
 def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
-    """The loss and, if asked for, its terms; of the reduction "terms" those alone.
+    """The loss and, if asked for, its terms, detached; of the reduction "terms" those alone.
 
-    ``needed`` says of clean and adversarial logits whether their gradients will be asked for. Here they are left to
-    :func:`backward`, which starts from the logits: a compiler that derived it would keep five tensors of their size
-    from one pass to the other.
+    ``needed`` says of clean and adversarial logits whether their gradients will be asked for; here they are left to
+    :func:`backward`.
     """
-    guidance, consistency = terms(*problem[:4])
+    return from_terms(problem, *terms(*problem[:4]), return_terms)
+
+
+def from_terms(problem: Problem, guidance: Tensor, consistency: Tensor, return_terms: bool) -> Pass:
     if problem.reduction == "terms":
         return Pass(None, guidance, consistency)
     loss = reduced(guidance, consistency, sample_weights(problem), problem.reduction)
@@ -152,5 +154,6 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
 
 def backward(problem: Problem, upstream: Upstream, held: Any, needed: tuple[bool, ...]) -> Gradients:
     """The gradients of the loss, or of both terms. ``held`` is the forward pass's, or None if this is a repetition."""
-    d_clean, d_adv = gradients(problem, *upstream_weights(problem, upstream))
+    w_guidance, w_consistency = upstream_weights(problem, upstream)
+    d_clean, d_adv = gradients(*problem[:4], w_guidance, sample_weights(problem) * w_consistency)
     return d_clean if needed[0] else None, d_adv if needed[1] else None

@@ -415,23 +415,23 @@ MUTATIONS = [
     # Warm start.
     Mutation(
         "`module.` not stripped",
-        "warm_start",
-        'inner = child == "_orig_mod" or (child == "module" and (wrappers is None or path[:-1] in wrappers))',
-        'inner = child == "_orig_mod"',
-        f"{WRAPPERS}::test_every_nesting_in_a_state_dict",
+        "state_dicts",
+        "if by_name or isinstance(owner, WRAPPERS):",
+        "if False:",
+        f"{WRAPPERS}::test_every_nesting_of_models_with_names_like_a_wrappers",
     ),
     Mutation(
         "`_orig_mod` not stripped",
-        "warm_start",
-        'inner = child == "_orig_mod" or (child == "module"',
-        'inner = (child == "module"',
-        f"{WRAPPERS}::test_every_nesting_in_a_state_dict",
+        "state_dicts",
+        'case ["_orig_mod."]:',
+        "case []:",
+        f"{WRAPPERS}::test_every_nesting_of_models_with_names_like_a_wrappers",
     ),
     Mutation(
         "partial copy before the error",
-        "warm_start",
+        "transfer",
         "    if (strict or not copied) and (",
-        "    [target.data.copy_(value) for _, target, value in plan.values()]\n    if (strict or not copied) and (",
+        "    [targets[name].data.copy_(value) for name, value in values.values()]\n    if (strict or not copied) and (",
         "test_warm_start.py::test_strict_lists_every_misfit_and_writes_nothing",
     ),
     # Checks.

@@ -28,7 +28,7 @@ def test_doctests(name):
         ("functional", "cktat_terms"),
         ("functional", "cktat_loss_and_grads"),
         ("schedules", "adaptive_beta"),
-        ("warm_start", "warm_start"),
+        ("transfer", "warm_start"),
     ],
 )
 def test_what_is_public_has_an_example(module, name):

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from cktat_loss.warm_start import WarmStartReport, _unwrapped, warm_start
+from cktat_loss import WarmStartReport, warm_start
+from cktat_loss.state_dicts import _unwrapped, pair
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "parallel": DataParallel,
@@ -43,22 +44,39 @@ class Net(nn.Module):
         self.features[1].running_mean.normal_()
         self.features[1].num_batches_tracked.fill_(int(torch.randint(1, 10**6, ())))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
 
+class Alone(nn.Module):
+    """A model with a child that really is called `module`."""
 
-class Named(nn.Module):
-    """A model with a child that really is called `module`, alone or next to a sister."""
-
-    def __init__(self, sister: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.module = Net()
-        if sister:
-            self.head = nn.Linear(4, 2)
 
 
-NAMES = tuple(Net().state_dict())
-ALL = WarmStartReport(copied=NAMES, missing=(), unexpected=(), mismatched=())
+class WithSister(Alone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+
+class Twins(nn.Linear):
+    """Names of equal shape at every level: read wrongly, the copy would be silent and wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.module = nn.Linear(2, 2)
+
+
+class Odd(nn.Module):
+    """Tensors called as a wrapper's would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Parameter(torch.randn(2))
+        self.register_buffer("n_averaged", torch.randn(2))
+
+
+ALL = WarmStartReport(copied=tuple(Net().state_dict()), missing=(), unexpected=(), mismatched=())
 
 
 def wrap(module: nn.Module, nesting: tuple[str, ...]) -> tuple[nn.Module, nn.Module]:
@@ -79,44 +97,32 @@ def assert_same(student: nn.Module, teacher: nn.Module) -> None:
 @pytest.mark.parametrize("around_student", **nestings)
 @pytest.mark.parametrize("around_teacher", **nestings)
 def test_every_nesting_against_every_other(around_student: tuple[str, ...], around_teacher: tuple[str, ...]) -> None:
-    (student, inner_student), (teacher, inner_teacher) = (
-        wrap(Net(), around_student),
-        wrap(Net(), around_teacher),
-    )
+    student, inner_student = wrap(Net(), around_student)
+    teacher, inner_teacher = wrap(Net(), around_teacher)
     assert warm_start(student, teacher) == ALL
     assert_same(inner_student, inner_teacher)
 
 
 @pytest.mark.parametrize("nesting", **nestings)
-def test_every_nesting_in_a_state_dict(nesting: tuple[str, ...]) -> None:
-    student, (teacher, inner_teacher) = Net(), wrap(Net(), nesting)
-    assert warm_start(student, teacher.state_dict()) == ALL
-    assert_same(student, inner_teacher)
+@pytest.mark.parametrize("model", [Net, Alone, WithSister, Twins, Odd])
+def test_every_nesting_of_models_with_names_like_a_wrappers(nesting: tuple[str, ...], model: type[nn.Module]) -> None:
+    (student, inner_student), teacher = wrap(model(), nesting), model()
+    assert warm_start(student, teacher).copied == tuple(teacher.state_dict())
+    assert_same(inner_student, teacher)
+    for read in (nn.Module.state_dict, lambda module: module):
+        bare, (teacher, inner_teacher) = model(), wrap(model(), nesting)
+        assert warm_start(bare, read(teacher)).copied == tuple(bare.state_dict())
+        assert_same(bare, inner_teacher)
 
 
-@pytest.mark.parametrize("nesting", **nestings)
-@pytest.mark.parametrize("sister", [False, True], ids=["alone", "with a sister"])
-def test_a_child_called_module_is_no_wrapper(nesting: tuple[str, ...], sister: bool) -> None:
-    for wrapped_side in ("student", "teacher", "state_dict"):
-        student, teacher = Named(sister), Named(sister)
-        if wrapped_side == "student":
-            outer, student = wrap(student, nesting)
-            report = warm_start(outer, teacher)
-        else:
-            outer, teacher = wrap(teacher, nesting)
-            report = warm_start(student, outer if wrapped_side == "teacher" else outer.state_dict())
-        assert report.copied == tuple(Named(sister).state_dict())
-        assert_same(student, teacher)
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("place", ["features", "features.1", "head"])
-def test_a_wrapper_in_the_middle(name: str, place: str) -> None:
+def test_a_wrapper_in_the_middle(wrapper: str, place: str) -> None:
     parent, _, child = place.rpartition(".")
     wrapped, bare = Net(), Net()
     expected = copy.deepcopy(wrapped)
-    wrapped.get_submodule(parent)._modules[child] = WRAPPERS[name](wrapped.get_submodule(place))
-    assert set(wrapped.state_dict()) != set(NAMES)
+    wrapped.get_submodule(parent)._modules[child] = WRAPPERS[wrapper](wrapped.get_submodule(place))
+    assert tuple(wrapped.state_dict()) != ALL.copied
 
     assert warm_start(bare, wrapped) == ALL
     assert_same(bare, expected)
@@ -128,57 +134,22 @@ def test_a_wrapper_in_the_middle(name: str, place: str) -> None:
     assert_same(bare, other)
 
 
-def test_a_child_called_module_next_to_its_namesakes() -> None:
-    """Names of equal shape at every level: read wrongly, the copy would be silent and wrong."""
-
-    class Twins(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(2, 2)
-            self.module = nn.Linear(2, 2)
-
-    student, teacher = Twins(), Twins()
-    warm_start(student, DataParallel(teacher).state_dict())
-    assert_same(student, teacher)
-    student = Twins()
-    warm_start(student, AveragedModel(teacher).state_dict())
-    assert_same(student, teacher)
-
-
-def test_part_of_a_model_with_a_child_called_module() -> None:
-    student, teacher = Named(sister=True), Named(sister=False)
+@pytest.mark.parametrize("nesting", [(), ("parallel",)])
+@pytest.mark.parametrize(("ours", "theirs"), [(WithSister, Alone), (Alone, WithSister)])
+def test_part_of_a_model_with_a_child_called_module(
+    nesting: tuple[str, ...], ours: type[Alone], theirs: type[Alone]
+) -> None:
+    (student, inner_student), teacher = wrap(ours(), nesting), theirs()
     report = warm_start(student, teacher.state_dict(), strict=False)
-    assert report.missing == ("head.weight", "head.bias")
-    assert not report.unexpected
-    assert_same(student.module, teacher.module)
-
-    student, teacher = Named(sister=False), Named(sister=True)
-    report = warm_start(student, teacher.state_dict(), strict=False)
-    assert report.unexpected == ("head.weight", "head.bias")
-    assert not report.missing
-    assert_same(student.module, teacher.module)
+    assert (report.missing if ours is WithSister else report.unexpected) == ("head.weight", "head.bias")
+    assert (report.unexpected if ours is WithSister else report.missing) == ()
+    assert_same(inner_student.module, teacher.module)
 
 
 def test_a_wrapper_of_the_users_own() -> None:
-    class Averaged(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.module = copy.deepcopy(model)
-
-    teacher, student = Averaged(Net()), Net()
+    student, teacher = Net(), Alone()
     assert warm_start(student, teacher) == ALL
     assert_same(student, teacher.module)
-
-
-def test_a_parameter_called_like_a_wrapper() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = nn.Parameter(torch.randn(2))
-            self.register_buffer("n_averaged", torch.randn(2))
-
-    student, teacher = Odd(), Odd()
-    assert warm_start(student, DataParallel(teacher)).copied == ("module", "n_averaged")
-    assert_same(student, teacher)
 
 
 def test_n_averaged_is_not_written() -> None:
@@ -188,59 +159,54 @@ def test_n_averaged_is_not_written() -> None:
     assert int(student.n_averaged) == 0
 
 
-def test_names_that_would_fall_together_are_kept_apart() -> None:
-    student = nn.Sequential(nn.Linear(2, 2, bias=False))
-    state = {"0.weight": torch.ones(2, 2), "0._orig_mod.weight": torch.zeros(2, 2)}
-    with pytest.raises(ValueError, match=r"unexpected: 0\._orig_mod\.weight"):
-        warm_start(student, state)
-    report = warm_start(student, state, strict=False)
-    assert report.unexpected == ("0._orig_mod.weight",)
-    assert torch.equal(student[0].weight, torch.ones(2, 2))
+def test_names_that_agree_as_they_are_win_a_tie() -> None:
+    assert pair({"module.w"}, {"w": 1, "module.w": 2}) == ({"module.w": 2}, ("w",))
 
 
-parts = st.sampled_from(["module", "_orig_mod", "n_averaged", "a", "b"])
+parts = st.sampled_from(["module", "_orig_mod", "n_averaged", "a", "z"])
 name_sets = st.sets(st.lists(parts, min_size=1, max_size=5).map(".".join), max_size=12)
 
 
-@given(name_sets)
-def test_no_two_names_ever_become_one(names: set[str]) -> None:
-    ordered = sorted(names)
-    clean = _unwrapped(ordered, None)
+@given(name_sets, st.booleans())
+def test_no_two_names_ever_become_one(names: set[str], by_name: bool) -> None:
+    clean = _unwrapped({name: name for name in names}, by_name=by_name)
     left_out = names - set(clean.values())
     assert len(clean) + len(left_out) == len(names)
-    assert all("n_averaged" in name.split(".") for name in left_out)
-    assert len(_unwrapped(ordered, ())) == len(names)
+    assert all(by_name and "n_averaged" in name.split(".") for name in left_out)
 
 
-@pytest.mark.parametrize("sharded_side", ["student", "teacher", "state_dict"])
-def test_sharded_models_are_refused(sharded_side: str) -> None:
+def fully_sharded(module: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    sharded = nn.Sequential(fully_shard(Net(), mesh=init_device_mesh("cpu", (1,))))
-    bare = nn.Sequential(Net())
-    student, teacher = (sharded, bare) if sharded_side == "student" else (bare, sharded)
-    with pytest.raises(TypeError, match=r"(student|teacher).* must not be sharded.* before wrapping"):
-        warm_start(student, teacher.state_dict() if sharded_side == "state_dict" else teacher)
+    return nn.Sequential(fully_shard(module, mesh=init_device_mesh("cpu", (1,))))
 
 
-def test_a_module_with_one_sharded_parameter_is_refused() -> None:
+def with_a_sharded_parameter(module: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    student, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
-    student.weight = nn.Parameter(distribute_tensor(student.weight.detach(), init_device_mesh("cpu", (1,))))
-    with pytest.raises(TypeError, match=r"student must not be sharded .*: call warm_start before wrapping"):
-        warm_start(student, teacher)
+    module.head.bias = nn.Parameter(distribute_tensor(module.head.bias.detach(), init_device_mesh("cpu", (1,))))
+    return module
 
 
-def test_an_fsdp_wrapper_is_refused_by_its_type() -> None:
+def wrapped_in_fsdp(module: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     class Unstarted(FullyShardedDataParallel):  # the real one wants an accelerator to start
-        def __init__(self, module: nn.Module) -> None:
+        def __init__(self) -> None:
             nn.Module.__init__(self)
             self._fsdp_wrapped_module = module
 
-    with pytest.raises(TypeError, match="teacher must not be sharded"):
-        warm_start(Net(), Unstarted(Net()))
+    return Unstarted()
+
+
+@pytest.mark.parametrize("shard", [fully_sharded, with_a_sharded_parameter, wrapped_in_fsdp])
+def test_sharded_models_are_refused(shard: Callable[[nn.Module], nn.Module]) -> None:
+    sharded = shard(Net())
+    pairs = [(sharded, Net()), (Net(), sharded)]
+    if shard is not wrapped_in_fsdp:  # whose state_dict is whole by default
+        pairs.append((Net(), sharded.state_dict()))
+    for student, teacher in pairs:
+        with pytest.raises(TypeError, match=r"(student|teacher).* must not be sharded: .* before wrapping"):
+            warm_start(student, teacher)
