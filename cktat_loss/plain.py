@@ -114,10 +114,10 @@ def label_weights(p_adv: Tensor, y: Tensor, beta: float | Tensor) -> Tensor:
 
 def sample_weights(problem: Problem) -> float | Tensor:
     """The weights of the consistency: beta, or with labels beta * softmax(adv)[y]. No gradient flows through them."""
-    if problem.y is None:
-        return problem.beta
-    adv = problem.adv.detach().to(compute_dtype(*problem[:3]))
-    return label_weights(log_softmax(adv).exp(), problem.y, problem.beta)
+    dtype = compute_dtype(*problem[:3])
+    if problem.y is None:  # in float32 it would take a 0-d float64 upstream gradient down with it
+        return problem.beta.to(dtype) if isinstance(problem.beta, Tensor) else problem.beta
+    return label_weights(log_softmax(problem.adv.detach().to(dtype)).exp(), problem.y, problem.beta)
 
 
 def reduced(guidance: Tensor, consistency: Tensor, beta: float | Tensor, reduction: str) -> Tensor:
