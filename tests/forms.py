@@ -54,7 +54,8 @@ def loss_of_rows(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: 
 
 def loss_of_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Beta, y: Tensor | None) -> Tensor:
     guidance, consistency = functional.cktat_terms(clean, adv, teacher, tau)
-    return guidance + (beta if y is None else adaptive_beta(adv, y, beta)) * consistency  # type: ignore[arg-type]
+    weights = beta if y is None else adaptive_beta(adv, y, beta)  # type: ignore[arg-type]
+    return guidance + (weights.to(guidance.dtype) if isinstance(weights, Tensor) else weights) * consistency
 
 
 def rows(*args: Any) -> Result:

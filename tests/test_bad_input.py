@@ -67,7 +67,7 @@ TAU = [
     (True, TypeError, r"number, got True \(bool\)"),
     ("5", TypeError, r"number, got '5' \(str\)"),
     (None, TypeError, r"number, got None \(NoneType\)"),
-    (5j, TypeError, r"number, got 5j \(complex\)"),
+    (5j, TypeError, r"number, got a complex$"),
     (torch.tensor(5.0), TypeError, r"number, got a tensor of shape \(\), torch\.float32"),
 ]
 BETA = [
@@ -133,16 +133,20 @@ def label(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value).split("\n")[0][:40]
 
 
+def state(x: torch.Tensor) -> tuple[Any, ...]:
+    return x._version, x.requires_grad, x.dtype, None if x.is_nested else x.shape
+
+
 @pytest.mark.parametrize(("f", "name", "value", "kind", "says"), TABLE, ids=label)
 def test_refused(f: Callable[..., Any], name: str, value: Any, kind: type[Exception], says: str) -> None:
     arguments = {k: v.clone().requires_grad_() for k, v in GOOD.items()} | {name: value}
     tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
-    before = [(x._version, x.requires_grad, x.shape, x.dtype) for x in tensors]
+    before = [state(x) for x in tensors]
     with pytest.raises(kind) as caught:
         f(**arguments)
     assert type(caught.value) is kind
     assert re.search(rf"\b{name}\b.*{says}", str(caught.value), re.DOTALL), str(caught.value)
-    assert [(x._version, x.requires_grad, x.shape, x.dtype) for x in tensors] == before
+    assert [state(x) for x in tensors] == before
     assert all(x.grad is None for x in tensors if x.is_leaf)
 
 

@@ -80,7 +80,7 @@ def test_no_pass_writes_into_another_ones_result(
 ) -> None:
     problem = Problem(dtype, labelled)
     inputs = problem.clean, problem.adv
-    results = [torch.autograd.grad(problem.loss, inputs, torch.tensor(u).to(problem.loss.dtype), retain_graph=True) for u in passes]
+    results = [torch.autograd.grad(problem.loss, inputs, torch.tensor(u, dtype=problem.loss.dtype), retain_graph=True) for u in passes]
     memory = {x.data_ptr() for both in results for x in both}
     assert len(memory) == 2 * len(passes)
     for result, upstream in zip(results, passes, strict=True):
@@ -118,7 +118,7 @@ def test_of_two_losses_of_the_same_logits() -> None:
 @pytest.mark.parametrize("form", ["loss", "labels", "rows", "terms"])
 def test_float16_gradients_survive_loss_scaling(form: str) -> None:
     """Late in training, cast after the scaling: cast before it, most of them would be zero."""
-    n, scale = 64, 65536.0
+    n, scale = 128, 65536.0
     base = 2 * torch.randn(n, 1000)
     clean, adv, teacher = ((base + 0.003 * torch.randn(n, 1000)) for _ in range(3))
     clean, adv, teacher = clean.half().requires_grad_(), adv.half().requires_grad_(), (5 * teacher).half()

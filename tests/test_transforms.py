@@ -172,12 +172,14 @@ def test_dual_numbers_without_a_graph(dtype: torch.dtype) -> None:
         torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_dual_numbers_are_refused_or_right() -> None:
-    """Forward mode outside torch.func: never a silent zero."""
+def test_dual_numbers_with_a_graph() -> None:
+    """Forward mode outside torch.func, over what is differentiated backward too."""
     clean, adv, teacher = logits(5, 10)
     adv.requires_grad_()
-    tangent = torch.randn_like(adv)
+    true, tangent = oracle.truth(clean, adv, teacher, TAU, BETA), torch.randn_like(adv)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(adv, tangent)
-        with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-            loss(clean, dual, teacher)
+        value = loss(clean, torch.autograd.forward_ad.make_dual(adv, tangent), teacher)
+        slope = torch.autograd.forward_ad.unpack_dual(value).tangent
+    assert_close(slope, (torch.from_numpy(true.d_adv) * tangent).sum() / 5)
+    (d_adv,) = torch.autograd.grad(value, adv)
+    assert_close(d_adv, torch.from_numpy(true.d_adv) / 5)
