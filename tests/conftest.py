@@ -21,6 +21,7 @@ settings.register_profile("interpreter", settings.get_profile("ci"), max_example
 settings.register_profile("gpu", settings.get_profile("ci"), max_examples=10)
 settings.load_profile("ci")
 
+
 def pytest_configure(config: pytest.Config) -> None:
     mode = config.option.markexpr
     if mode == "interpreter":

@@ -32,7 +32,6 @@ class HuggingFace(dict):  # type: ignore[type-arg]
     logits = X
 
 
-
 # Where it goes, what goes there, the error, and a pattern for what was wanted and then what came.
 LOGITS = [
     ([[0.0]], TypeError, r"tensor of logits \(N, C\), got a list"),
@@ -49,7 +48,11 @@ LOGITS = [
     (NESTED[1], TypeError, r"dense tensor \(N, C\), got a nested tensor, torch\.float32, on cpu"),
     (torch.zeros(3), ValueError, r"\(N, C\), got .*shape \(3,\)"),
     (torch.zeros(()), ValueError, r"\(N, C\), got .*shape \(\)"),
-    (torch.zeros(4, 3, 2), ValueError, r"\(N, C\), got .*shape \(4, 3, 2\).*: pass logits\.movedim\(1, -1\)\.flatten\(0, -2\)$"),
+    (
+        torch.zeros(4, 3, 2),
+        ValueError,
+        r"\(N, C\), got .*shape \(4, 3, 2\).*: pass logits\.movedim\(1, -1\)\.flatten\(0, -2\)$",
+    ),
     (torch.zeros(4, 0), ValueError, r"at least one class, got .*shape \(4, 0\)"),
 ]
 NOT_THE_SAME = [

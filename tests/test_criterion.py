@@ -165,7 +165,9 @@ def test_labels_where_they_are_due_and_only_there(criterion, recipe, logits, x, 
         recipe(*logits, x)
     with pytest.raises(ValueError, match=r"y must be None unless the criterion has adaptive=True, got a tensor"):
         criterion(*logits, x, y=y)
-    with pytest.raises(TypeError, match=r"beta must be a number where y gives the weights of the samples, got a tensor"):
+    with pytest.raises(
+        TypeError, match=r"beta must be a number where y gives the weights of the samples, got a tensor"
+    ):
         recipe(*logits, x, y=y, beta=torch.rand(6))
     with pytest.raises(ValueError, match=r"y must hold labels from 0 to 2, got 3"):
         recipe(*logits, x, y=y + 1)
@@ -287,9 +289,19 @@ def test_bad_betas_of_a_call_are_refused(criterion, logits, x, value, kind, matc
         ("backend", "cuda", ValueError, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         ("detach_clean", 1, TypeError, r"detach_clean must be True or False, got 1 \(int\)"),
         ("copy_teacher", "no", TypeError, r"copy_teacher must be True or False, got 'no' \(str\)"),
-        ("teacher", torch.nn.functional.relu, TypeError, r"teacher must be a torch\.nn\.Module or None, got a function"),
+        (
+            "teacher",
+            torch.nn.functional.relu,
+            TypeError,
+            r"teacher must be a torch\.nn\.Module or None, got a function",
+        ),
         ("teacher", nn.Linear, TypeError, r"teacher must be a torch\.nn\.Module or None, got a type"),
-        ("teacher", {"weight": torch.ones(3, 4)}, TypeError, r"teacher must be a torch\.nn\.Module or None, got a dict"),
+        (
+            "teacher",
+            {"weight": torch.ones(3, 4)},
+            TypeError,
+            r"teacher must be a torch\.nn\.Module or None, got a dict",
+        ),
     ],
 )
 def test_bad_constructor_arguments_are_refused(name, value, kind, match):

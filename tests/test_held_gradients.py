@@ -75,12 +75,13 @@ def test_passes_over_a_retained_graph_add_up(
 @DTYPES
 @LABELLED
 @pytest.mark.parametrize("passes", PASSES, ids=str)
-def test_no_pass_writes_into_another_ones_result(
-    passes: tuple[float, ...], labelled: bool, dtype: torch.dtype
-) -> None:
+def test_no_pass_writes_into_another_ones_result(passes: tuple[float, ...], labelled: bool, dtype: torch.dtype) -> None:
     problem = Problem(dtype, labelled)
     inputs = problem.clean, problem.adv
-    results = [torch.autograd.grad(problem.loss, inputs, torch.tensor(u, dtype=problem.loss.dtype), retain_graph=True) for u in passes]
+    results = [
+        torch.autograd.grad(problem.loss, inputs, torch.tensor(u, dtype=problem.loss.dtype), retain_graph=True)
+        for u in passes
+    ]
     memory = {x.data_ptr() for both in results for x in both}
     assert len(memory) == 2 * len(passes)
     for result, upstream in zip(results, passes, strict=True):

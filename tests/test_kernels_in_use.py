@@ -99,7 +99,16 @@ def test_transforms_have_them_too(f: Callable[..., Any], launches: list[str]) ->
 @contextmanager
 def torch_ops() -> Iterator[Counter[str]]:
     """What torch is asked to do, but for memory and views of it."""
-    nothing = {"detach", "new_empty", "empty.memory_format", "empty_like", "view", "fill_.Scalar", "ones_like", "expand"}
+    nothing = {
+        "detach",
+        "new_empty",
+        "empty.memory_format",
+        "empty_like",
+        "view",
+        "fill_.Scalar",
+        "ones_like",
+        "expand",
+    }
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -237,7 +246,11 @@ def test_marked_tests_run_here_too() -> None:
     from pathlib import Path
 
     folder = Path(__file__).parent
-    files = [path.name for path in folder.glob("test_*.py") if "mark.kernels" in path.read_text() and path.name != Path(__file__).name]
+    files = [
+        path.name
+        for path in folder.glob("test_*.py")
+        if "mark.kernels" in path.read_text() and path.name != Path(__file__).name
+    ]
     assert len(files) > 5
 
     def collected(mark: str) -> set[str]:

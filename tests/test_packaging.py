@@ -153,8 +153,8 @@ def test_the_sdist_holds_the_whole_house(built):
 # What is public: names, orders and defaults, to the letter.
 
 SIGNATURES = {
-    CKTATLoss: "(teacher, tau=5.0, beta=6.0, *, adaptive=False, reduction='mean', detach_clean=False, copy_teacher=True,"
-    " backend='auto')",
+    CKTATLoss: "(teacher, tau=5.0, beta=6.0, *, adaptive=False, reduction='mean', detach_clean=False,"
+    " copy_teacher=True, backend='auto')",
     CKTATLoss.forward: "(self, clean_logits, adv_logits, x=None, *, teacher_logits=None, y=None, beta=None,"
     " return_terms=False)",
     CKTATLoss.terms: "(self, clean_logits, adv_logits, x=None, *, teacher_logits=None)",

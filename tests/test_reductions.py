@@ -19,7 +19,9 @@ def test_reductions_of_the_same_rows(n: int, dtype: torch.dtype) -> None:
     rows = oracle.truth(clean, adv, teacher, 5.0, 6.0).rows
     assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="none"), rows) < oracle.TOLERANCES[dtype]
     assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="sum"), rows.sum()) < oracle.TOLERANCES[dtype]
-    assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="mean"), rows.sum() / n) < oracle.TOLERANCES[dtype]
+    assert (
+        oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="mean"), rows.sum() / n) < oracle.TOLERANCES[dtype]
+    )
     assert torch.equal(cktat_loss(clean, adv, teacher), cktat_loss(clean, adv, teacher, reduction="mean"))
     assert cktat_loss(clean, adv, teacher).shape == ()
     assert cktat_loss(clean, adv, teacher, reduction="none").shape == (n,)

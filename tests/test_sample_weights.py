@@ -171,7 +171,9 @@ def test_adaptive_beta_default_and_limits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["clean", "adv", "teacher"])
 def test_they_are_the_weights_of_the_loss(name: str) -> None:
     """Also where one of the logits alone is float64."""
-    logits = {k: 2 * torch.randn(5, 10, dtype=torch.float64 if k == name else None) for k in ("clean", "adv", "teacher")}
+    logits = {
+        k: 2 * torch.randn(5, 10, dtype=torch.float64 if k == name else None) for k in ("clean", "adv", "teacher")
+    }
     y = torch.arange(5)
     loss = cktat_loss(*logits.values(), 2.0, 5.3, y=y)
     expected = cktat_loss(*logits.values(), 2.0, adaptive_beta(logits["adv"], y, 5.3))

@@ -103,20 +103,21 @@ class Step(NamedTuple):
     needed: str = "clean adv"
     upstream: float = 1.0
     terms_alone: bool = False
-    options: dict[str, Any] = {}
+    detach_clean: bool = False
+    reduction: str = "mean"
 
 
 STEPS = {
     "training": Step(5.1, 8.1),
     "training, bfloat16": Step(5.1, 8.1, torch.bfloat16),
-    "detach_clean": Step(4.1, 7.1, options={"detach_clean": True}),
+    "detach_clean": Step(4.1, 7.1, detach_clean=True),
     "no gradient for clean": Step(4.1, 7.1, needed="adv"),
     "no gradient for adv": Step(4.1, 7.1, needed="clean"),
     "another upstream": Step(10.2, 16.2, upstream=0.25),
     "no grad": Step(3.1, 3.1, needed=""),
     "float16": Step(8.2, 11.2, torch.float16),
     "float16, upstream 1024": Step(8.2, 11.2, torch.float16, upstream=1024.0),
-    "none": Step(8.2, 11.2, options={"reduction": "none"}),
+    "none": Step(8.2, 11.2, reduction="none"),
     "terms": Step(8.4, 11.4, terms_alone=True),
 }
 EACH_STEP = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -134,12 +135,13 @@ def run(step: Step, shape: tuple[int, int], cut: slice = slice(None), **options:
     logits = [torch.randn(n, classes + margin).to(step.dtype)[:, cut] for _ in range(3)]
     for x, name in zip(logits, ("clean", "adv"), strict=False):
         x.requires_grad_(name in step.needed)
-    wanted = [x for x in logits if x.requires_grad and not (x is logits[0] and "detach_clean" in step.options)]
+    wanted = [x for x in logits if x.requires_grad and not (x is logits[0] and step.detach_clean)]
     with counting() as traffic:
         if step.terms_alone:
             out = sum(cktat_terms(*logits, 0.7, backend="triton"))
         else:
-            out = cktat_loss(*logits, 0.7, 5.3, backend="triton", **step.options, **options)
+            asked: dict[str, Any] = {"reduction": step.reduction, "detach_clean": step.detach_clean, **options}
+            out = cktat_loss(*logits, 0.7, 5.3, backend="triton", **asked)
             out = out[0] if isinstance(out, tuple) else out
         gradients = torch.autograd.grad(out, wanted, torch.full_like(out, step.upstream)) if wanted else ()
     return Done(traffic, logits, gradients)
