@@ -21,6 +21,8 @@ settings.register_profile("interpreter", settings.get_profile("ci"), max_example
 settings.register_profile("gpu", settings.get_profile("ci"), max_examples=10)
 settings.load_profile("ci")
 
+DESELECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     mode = config.option.markexpr
@@ -49,6 +51,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(mode)
         if mode == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        items[0].config.stash.setdefault(DESELECTED, []).extend(items)
+
+
+@pytest.fixture
+def deselected(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    if request.config.option.keyword:
+        pytest.skip("a part of the tests was asked for")
+    return request.config.stash.get(DESELECTED, [])
 
 
 @pytest.fixture(scope="session", autouse=True)
