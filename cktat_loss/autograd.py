@@ -81,10 +81,18 @@ class _InGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:
         clean, adv, teacher = ctx.saved_tensors
-        # Starts from the logits themselves: through what a compiler keeps of the forward pass, a second derivative
-        # would be silently wrong up to torch 2.11.
-        clean, adv = -(-clean), -(-adv)
-        return *plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency), None, None
+        d_clean, d_adv = plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency)
+        weight = (w_guidance + w_consistency).unsqueeze(1)
+        return _bound_to(clean, d_clean, weight), _bound_to(adv, d_adv, weight), None, None
+
+
+def _bound_to(logits: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient, which is NaN where the weight is, in a form that takes the logits themselves.
+
+    A compiled graph that kept only what it has made of them would have a silently wrong second derivative (torch 2.6 to
+    2.11 at least). Where it keeps an input that requires grad, PyTorch refuses a second derivative.
+    """
+    return torch.where(weight.isnan(), (logits + weight).to(gradient.dtype), gradient)
 
 
 def _choose(backend: str, *logits: Tensor) -> ModuleType:

@@ -114,7 +114,7 @@ def label_weights(p_adv: Tensor, y: Tensor, beta: float | Tensor) -> Tensor:
 
 def sample_weights(problem: Problem) -> float | Tensor:
     """The weights of the consistency: beta, or with labels beta * softmax(adv)[y]. No gradient flows through them."""
-    dtype = compute_dtype(*problem[:3])
+    dtype = compute_dtype(problem.clean, problem.adv, problem.teacher)
     if problem.y is None:  # in float32 it would take a 0-d float64 upstream gradient down with it
         return problem.beta.to(dtype) if isinstance(problem.beta, Tensor) else problem.beta
     return label_weights(log_softmax(problem.adv.detach().to(dtype)).exp(), problem.y, problem.beta)
