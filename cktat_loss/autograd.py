@@ -113,7 +113,7 @@ def _transformed() -> bool:
 
 def _savable(x: Tensor) -> Tensor:
     """A copy of an inference tensor, which autograd could not save."""
-    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+    return x.clone() if x.is_inference() else x
 
 
 def _is_differentiated(upstream: Upstream) -> bool:
