@@ -1,7 +1,7 @@
 """Every test starts from the same seed, on one thread, with the same hypothesis examples.
 
-Tests marked ``kernels`` are run again on the Triton kernels: ``pytest -m interpreter`` in Triton's interpreter, ``pytest
--m gpu`` on a GPU's tensors. Each is a process of its own, because Triton decides once in a process how its kernels run.
+Tests marked ``kernels`` are run again on the Triton kernels: by ``pytest -m interpreter`` in Triton's interpreter, by
+``pytest -m gpu`` on a GPU's tensors. Each is a process of its own, since Triton decides once how its kernels run.
 Of their parameters, those marked ``torch_only`` (float64, the closed form's blocks) stay with the torch backends.
 """
 

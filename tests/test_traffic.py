@@ -22,7 +22,7 @@ from cktat_loss.functional import cktat_loss, cktat_terms
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
 
-SHAPES = [(130, 10), (20, 100), (3, 1000), (2, 4096), (1, 5003), (2, 21841)]
+SHAPES = [(130, 10), (20, 100), (3, 1000), (2, 4096), (2, 5003), (1, 21841)]
 EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -115,8 +115,7 @@ STEPS = {
     "no gradient for adv": Step(4.1, 7.1, needed="clean"),
     "another upstream": Step(10.2, 16.2, upstream=0.25),
     "no grad": Step(3.1, 3.1, needed=""),
-    "float16": Step(8.2, 11.2, torch.float16),
-    "float16, upstream 1024": Step(8.2, 11.2, torch.float16, upstream=1024.0),
+    "float16": Step(8.2, 11.2, torch.float16, upstream=1024.0),
     "none": Step(8.2, 11.2, reduction="none"),
     "terms": Step(8.4, 11.4, terms_alone=True),
 }
@@ -170,7 +169,7 @@ def test_labels_and_terms_cost_three_values_a_row(shape: tuple[int, int]) -> Non
     n, classes = shape
     streamed = classes > 4096
     alone = run(STEPS["training"], shape).traffic.moves()
-    y = torch.arange(n) + classes - n
+    y = 7 * torch.arange(n) % classes
     both = run(STEPS["training"], shape, y=y, return_terms=True)
     assert both.traffic.moves() - alone == (4 if streamed else 3) * n
     assert (both.traffic.loaded(y) == 1).all()
