@@ -147,16 +147,6 @@ def test_terms_come_with_the_loss(counter):
     assert counter.frame_count == 1
 
 
-def test_inference_tensors_in_a_graph(counter):
-    """Teacher logits that were cached under inference_mode."""
-    with torch.inference_mode():
-        teacher = torch.randn(8, CLASSES)
-    clean, adv = (torch.randn(8, CLASSES, requires_grad=True) for _ in range(2))
-    loss = torch.compile(functional.cktat_loss, backend=counter, fullgraph=True)(clean, adv, teacher)
-    expected = functional.cktat_loss(clean, adv, teacher.clone())
-    torch.testing.assert_close(torch.autograd.grad(loss, (clean, adv)), torch.autograd.grad(expected, (clean, adv)))
-
-
 def test_a_last_small_batch_recompiles_once(counter):
     training = Training()
     compiled = torch.compile(training.step, backend=counter, fullgraph=True)

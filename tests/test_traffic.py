@@ -189,8 +189,12 @@ def test_a_label_that_is_no_class_reads_nobody_elses_memory(
     if wrong < classes and wrong > 0:
         pytest.skip("is a class here")
     monkeypatch.setattr("cktat_loss.checks._is_traced", lambda: True)  # as on a GPU, where no label is looked at
-    done = run(STEPS["another upstream"], (3, classes), y=torch.tensor([0, wrong, classes - 1]))
+    done = run(STEPS["training"], (3, classes), y=torch.tensor([0, wrong, classes - 1]))
     assert done.traffic.bytes_outside() == 0
+    loaded = done.traffic.loaded(done.logits[1])
+    readings = 1 if classes <= 4096 else 2
+    labels = [0, 3 * classes - 1] if classes > 4096 else []
+    assert (np.flatnonzero(loaded != readings) == labels).all()
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 5003])
