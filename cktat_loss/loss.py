@@ -91,7 +91,7 @@ class CKTATLoss(nn.Module):
         checks.reduction(reduction)
         checks.backend(backend)
         self.detach_clean = checks.flag("detach_clean", detach_clean)
-        if teacher is not None and checks.flag("copy_teacher", copy_teacher):
+        if checks.flag("copy_teacher", copy_teacher) and teacher is not None:
             teacher = _frozen_copy(teacher)
         # Past nn.Module's own bookkeeping: what it registers, it trains, saves and counts as parameters.
         self.__dict__["_teacher"] = teacher

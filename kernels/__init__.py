@@ -52,7 +52,8 @@ def supports(tensor: Tensor) -> bool:
 
     CPU tensors only where Triton's interpreter runs the kernels. The one place that looks at the device.
     """
-    return _supports(type(tensor), tensor.dtype, tensor.device)
+    answer = _supports.__wrapped__ if torch.compiler.is_compiling() else _supports  # Dynamo warns of a cache
+    return answer(type(tensor), tensor.dtype, tensor.device)
 
 
 @functools.cache

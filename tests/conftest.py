@@ -1,12 +1,12 @@
 """Every test starts from the same seed, on one thread, with the same hypothesis examples.
 
-``pytest -m interpreter`` runs the tests of the loss on the Triton kernels, in Triton's interpreter; ``pytest -m gpu``
-on a GPU's tensors. Each is a process of its own, because Triton decides once in a process how its kernels run.
+Tests marked ``kernels`` are run again on the Triton kernels: by ``pytest -m interpreter`` in Triton's interpreter, by
+``pytest -m gpu`` on a GPU's tensors. Each is a process of its own, since Triton decides once how its kernels run.
+Of their parameters, those marked ``torch_only`` (float64, the closed form's blocks) stay with the torch backends.
 """
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,25 +21,7 @@ settings.register_profile("interpreter", settings.get_profile("ci"), max_example
 settings.register_profile("gpu", settings.get_profile("ci"), max_examples=10)
 settings.load_profile("ci")
 
-# Whatever backend computes it, the loss must pass these.
-SUITE = {
-    "test_accuracy.py",
-    "test_autocast.py",
-    "test_beta.py",
-    "test_compile.py",
-    "test_extreme_logits.py",
-    "test_gradient_flow.py",
-    "test_masks.py",
-    "test_properties.py",
-    "test_reductions.py",
-    "test_second_derivatives.py",
-    "test_small_kl.py",
-    "test_transforms.py",
-}
-# What takes the interpreter, at some milliseconds a program, too long.
-MANY_PROGRAMS = ("(40, 1000)", "(200, 100)", "(3, 21841)", "3000")
-# What compiles many kernels at some tenths of a second each, or changes CPU tensors that have gone to the GPU.
-MANY_VARIANTS = ("test_mixed_dtypes", "test_weights[", "test_changing_logits_in_place")
+DESELECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,13 +44,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mode = config.option.markexpr
     if mode not in ("interpreter", "gpu"):
         return
-    # float64 and blocks are the closed form's.
-    left_out = ("float64", "block", *(MANY_PROGRAMS if mode == "interpreter" else MANY_VARIANTS))
+    too_long = "slow_in_the_interpreter" if mode == "interpreter" else "slow_on_a_gpu"
     for item in items:
-        if Path(item.fspath).name in SUITE and not any(words in item.name for words in left_out):
+        marks = {mark.name for mark in item.iter_markers()}
+        if "kernels" in marks and not marks & {"torch_only", too_long}:
             item.add_marker(mode)
         if mode == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        items[0].config.stash.setdefault(DESELECTED, []).extend(items)
+
+
+@pytest.fixture
+def deselected(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    if request.config.option.keyword:
+        pytest.skip("a part of the tests was asked for")
+    return request.config.stash.get(DESELECTED, [])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,6 +85,7 @@ def true_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from cktat_loss.kernels import launch
 
     monkeypatch.setattr(launch, "rows_tile", launch.rows_tile.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(launch, "plan", launch.plan.__wrapped__)  # none that was made for other tiles
 
 
 @pytest.fixture
@@ -101,10 +96,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     run = launch.Plan.launch
 
-    def counted(self: Any, kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        seen.extend([kernel.__name__] * bool(programs))
+    def counted(self: Any, *args: Any) -> None:
+        seen.append(self.kernel.__name__)
         with _disable_current_modes():  # the interpreter's own operations are nobody's business
-            run(self, kernel, programs, *args, **meta)
+            run(self, *args)
 
     monkeypatch.setattr(launch.Plan, "launch", counted)
     return seen

@@ -3,103 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
-from cktat_loss import closed_form
-from cktat_loss.functional import cktat_loss, cktat_loss_and_grads, cktat_terms
+from cktat_loss import adaptive_beta, autograd, functional, plain
+from tests import oracle
 
 Result = tuple[Tensor, Tensor, Tensor]
-Form = Callable[..., Result]
+Beta = float | Tensor
+
+# float64 is not the kernels' job.
+FLOAT64 = pytest.param(torch.float64, marks=pytest.mark.torch_only)
+DTYPES = (FLOAT64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def by_autograd(rows: Callable[..., Tensor], clean: Tensor, adv: Tensor, *others: Any) -> Result:
+class Form(NamedTuple):
+    """What is called as ``form(clean, adv, teacher, tau, beta, y)``. A labelled one brings its own labels."""
+
+    run: Callable[..., Result]
+    labelled: bool = False
+
+    def __call__(
+        self, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Beta, y: Tensor | None = None
+    ) -> Result:
+        return self.run(clean, adv, teacher, tau, beta, labels(adv) if self.labelled else y)
+
+    def truth(
+        self, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Beta, y: Tensor | None = None
+    ) -> oracle.Truth:
+        return oracle.truth(clean, adv, teacher, tau, beta, labels(adv) if self.labelled else y)
+
+
+def labels(adv: Tensor) -> Tensor:
+    return torch.arange(adv.shape[0]) % adv.shape[1]
+
+
+def by_autograd(loss: Callable[..., Tensor], clean: Tensor, adv: Tensor, *others: Any) -> Result:
     clean, adv = clean.detach().requires_grad_(), adv.detach().requires_grad_()
-    loss = rows(clean, adv, *others)
-    return loss.detach(), *torch.autograd.grad(loss.sum(), (clean, adv))
+    out = loss(clean, adv, *others)
+    return out.detach(), *torch.autograd.grad(out.sum(), (clean, adv))
 
 
-def rows_of_loss(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Tensor:
-    return cktat_loss(clean, adv, teacher, tau, beta, reduction="none")
+def loss_of_rows(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Beta, y: Tensor | None) -> Tensor:
+    return functional.cktat_loss(clean, adv, teacher, tau, beta, y=y, reduction="none")
 
 
-def rows_of_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Tensor:
-    guidance, consistency = cktat_terms(clean, adv, teacher, tau)
-    return guidance + beta * consistency
+def loss_of_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Beta, y: Tensor | None) -> Tensor:
+    guidance, consistency = functional.cktat_terms(clean, adv, teacher, tau)
+    weights = beta if y is None else adaptive_beta(adv, y, beta)  # type: ignore[arg-type]
+    return guidance + (weights.to(guidance.dtype) if isinstance(weights, Tensor) else weights) * consistency
 
 
-def eager(*args: Any) -> Result:
-    return by_autograd(rows_of_loss, *args)
+def rows(*args: Any) -> Result:
+    return by_autograd(loss_of_rows, *args)
 
 
 def terms(*args: Any) -> Result:
-    return by_autograd(rows_of_terms, *args)
+    return by_autograd(loss_of_terms, *args)
 
 
-def at_once(*args: Any) -> Result:
-    """Loss and gradients in one pass, of the sum; the rows apart."""
+def total(*args: Any) -> Result:
+    """The gradients of a sum, as training has them; the rows apart."""
+    *logits, tau, beta, y = args
     with torch.no_grad():
-        rows = rows_of_loss(*args)
-    total, d_clean, d_adv = cktat_loss_and_grads(*args, reduction="sum")
-    torch.testing.assert_close(total, rows.sum(), rtol=1e-5, atol=1e-9, equal_nan=True)
-    assert d_clean is not None
-    return rows, d_clean, d_adv
+        each = loss_of_rows(*args)
+    loss, *gradients = by_autograd(
+        lambda c, a: functional.cktat_loss(c, a, logits[2], tau, beta, y=y, reduction="sum"), *logits[:2]
+    )
+    torch.testing.assert_close(loss, each.sum(), rtol=1e-5, atol=1e-9, equal_nan=True)
+    return each, *gradients
 
 
-def streaming(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Result:
+def without_branches(*args: Any) -> Result:
+    """By plain ops, as on devices where Python must not look at values."""
+    with patch.object(autograd, "_choose", lambda *_: plain):
+        return rows(*args)
+
+
+def transformed(clean: Tensor, adv: Tensor, *others: Any) -> Result:
+    """Under a torch.func transform."""
+    each, vjp = torch.func.vjp(lambda c, a: loss_of_rows(c, a, *others), clean.detach(), adv.detach())
+    return each, *vjp(torch.ones_like(each))
+
+
+def by_the_compiler(*args: Any) -> Result:
+    torch.compiler.reset()  # every shape and dtype is a compilation, and there is a limit to them
+    return by_autograd(torch.compile(loss_of_rows, backend="aot_eager", fullgraph=True), *args)
+
+
+def in_chunks(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Beta, y: Tensor | None) -> Result:
     """By the Triton kernels that go through a row in chunks, though it would fit into registers.
 
-    With a graph the first three rows, in one pass the next three; the others whole, since the interpreter is slow.
+    Of the first three rows apart, of the next three their sum; the others whole, since the interpreter is slow.
     """
     from cktat_loss.kernels import launch
 
     block = 32 if clean.shape[1] <= 330 else launch.STREAMING_BLOCK
     parts = []
-    for rows, form in ((slice(0, 3), eager), (slice(3, 6), at_once), (slice(6, None), None)):
-        part = (
-            clean[rows],
-            adv[rows],
-            teacher[rows],
-            tau,
-            beta[rows] if isinstance(beta, Tensor) and beta.ndim else beta,
-        )
-        with patch.object(launch, "STREAMING_BLOCK", block), patch.object(launch, "ROWS_UP_TO", 0 if form else 4096):
-            parts.append((form or eager)(*part))
-    rows, d_clean, d_adv = (torch.cat(one) for one in zip(*parts, strict=True))
-    return rows, d_clean, d_adv
+    for some, run in ((slice(0, 3), rows), (slice(3, 6), total), (slice(6, None), None)):
+        logits = clean[some], adv[some], teacher[some]
+        weights = beta[some] if isinstance(beta, Tensor) and beta.ndim else beta
+        with (
+            patch.object(launch, "STREAMING_BLOCK", block),
+            patch.object(launch, "ROWS_UP_TO", 0 if run else 4096),
+            patch.object(launch, "plan", launch.plan.__wrapped__),  # none that was made for other sizes
+        ):
+            parts.append((run or rows)(*logits, tau, weights, y if y is None else y[some]))
+    each, d_clean, d_adv = (torch.cat(one) for one in zip(*parts, strict=True))
+    return each, d_clean, d_adv
 
 
-def branchless(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Result:
-    """The closed form as on devices where Python must not look at values."""
-    out = closed_form.fused(
-        clean, adv, teacher, tau, closed_form.ONE, beta, clean_grad=True, adv_grad=True, branch_on_data=False
-    )
-    assert out.d_clean is not None
-    assert out.d_adv is not None
-    return out.guidance + beta * out.consistency, out.d_clean.to(clean.dtype), out.d_adv.to(adv.dtype)
-
-
-def transformed(clean: Tensor, adv: Tensor, *others: Any) -> Result:
-    """Under a torch.func transform."""
-    rows, vjp = torch.func.vjp(lambda c, a: rows_of_loss(c, a, *others), clean.detach(), adv.detach())
-    return rows, *vjp(torch.ones_like(rows))
-
-
-def compiled(*args: Any) -> Result:
-    torch.compiler.reset()  # every shape and dtype is a compilation, and there is a limit to them
-    return by_autograd(torch.compile(rows_of_loss, backend="aot_eager", fullgraph=True), *args)
-
-
+compiled = Form(by_the_compiler)
+streaming = Form(in_chunks)
 # What the tests of accuracy and of edge cases go through.
 FORMS: dict[str, Form] = {
-    "eager": eager,
-    "terms": terms,
-    "at once": at_once,
-    "branchless": branchless,
-    "transformed": transformed,
+    "rows": Form(rows),
+    "labels": Form(total, labelled=True),
+    "terms": Form(terms),
+    "plain": Form(without_branches),
+    "transformed": Form(transformed),
 }
 # The same where the Triton kernels are to be tested: see conftest.py.
-TRITON_FORMS: dict[str, Form] = {"eager": eager, "at once": at_once, "streaming": streaming}
+TRITON_FORMS: dict[str, Form] = {
+    "rows": Form(rows),
+    "total": Form(total),
+    "labels": Form(total, labelled=True),
+    "streaming": streaming,
+}

@@ -48,18 +48,24 @@ def kl(log_p: Array, log_q: Array) -> Array:
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def truth(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor) -> Truth:
+def truth(
+    clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: float | Tensor, y: Tensor | None = None
+) -> Truth:
     c, a, t = array(clean), array(adv), array(teacher)
     weight = np.broadcast_to(array(beta) if isinstance(beta, Tensor) else beta, (len(a),))
     l_c, l_a, l_t = log_softmax(c), log_softmax(a), log_softmax((t - t.max(1, keepdims=True)) / tau)
     p_c, p_a, p_t = np.exp(l_c), np.exp(l_a), np.exp(l_t)
     guidance, consistency = kl(l_t, l_a), kl(l_c, l_a)
+    unit = weight
+    if y is not None:  # with the label's probability, which may be too small for float32
+        weight = weight * p_a[np.arange(len(a)), y.numpy()]
+        unit = np.maximum(weight, 1e-3 * unit)
     d_clean = np.where(p_c == 0, 0.0, p_c * (l_c - l_a - consistency[:, None]))
     d_adv = (p_a - p_t) + weight[:, None] * (p_a - p_c)
     seen = np.isfinite(l_c) & np.isfinite(l_a)
     largest = np.abs(l_c - l_a).max(1, where=seen, initial=1.0)
     rows = guidance + weight * consistency
-    return Truth(guidance, consistency, rows, weight[:, None] * d_clean, d_adv, weight * largest, 1 + weight)
+    return Truth(guidance, consistency, rows, weight[:, None] * d_clean, d_adv, unit * largest, 1 + unit)
 
 
 def loss_error(actual: Tensor, true: Array | float) -> float:

@@ -1,4 +1,4 @@
-"""Loss and gradients are right to 2e-5 in float32 and 1e-11 in float64, on every path of the closed form."""
+"""Loss and gradients are right to 2e-5 in float32 and 1e-11 in float64, in every form and on every path of it."""
 
 import math
 from collections.abc import Iterator
@@ -13,20 +13,27 @@ from torch import Tensor
 from cktat_loss import closed_form
 from cktat_loss.functional import cktat_loss
 from tests import oracle
-from tests.forms import FORMS, Form, compiled
+from tests.forms import DTYPES, FLOAT64, FORMS, Form, compiled, labels
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.kernels
+
 SCALES = (0.05, 0.3, 1, 4, 20, 60)
+SLOW = pytest.param((40, 1000), marks=pytest.mark.slow_in_the_interpreter)
 TAU_BETA = ((0.7, 5.3), (5.3, 0.7))  # neither dyadic: 5 and 6 hide a scalar that lost precision
 
 # On one thread, where a block holds some 50,000 elements.
 SHAPES = {
-    "small, in double": [(7, 2), (7, 3), (7, 10), (40, 17), (8, 1000)],
+    "few calls": [(7, 2), (7, 3), (7, 10), (40, 17), (8, 1000)],
     "one block": [(1000, 10), (600, 17), (9, 1000), (1, 21841)],
     "blocks, the last partial": [(7000, 10), (700, 100), (70, 1000)],
     "a row a block": [(3, 21841), (2, 50257)],
 }
-SHAPES_AND_NAMES = [pytest.param(s, id=f"{name} {s[0]}x{s[1]}") for name, group in SHAPES.items() for s in group]
+SHAPES_AND_NAMES = [
+    # The kernels have no blocks; what they have is in test_tiles.py.
+    pytest.param(s, id=f"{name} {s[0]}x{s[1]}", marks=[pytest.mark.torch_only] if "block" in name else [])
+    for name, group in SHAPES.items()
+    for s in group
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +53,7 @@ def case(shape: tuple[int, int], scale: float, dtype: torch.dtype, tau: float, b
         (scale * torch.randn(shape, generator=g, dtype=torch.float64) + shift).to(dtype)
         for shift in (offset, -offset, offset / 2)
     )
-    return (clean, adv, teacher, tau, beta), oracle.truth(clean, adv, teacher, tau, beta)
+    return clean, adv, teacher, tau, beta
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -54,40 +61,37 @@ def case(shape: tuple[int, int], scale: float, dtype: torch.dtype, tau: float, b
 @pytest.mark.parametrize("shape", SHAPES_AND_NAMES)
 def test_loss_and_gradients(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> None:
     for scale, (tau, beta) in zip(SCALES, cycle(TAU_BETA), strict=False):
-        args, true = case(shape, scale, dtype, tau, beta)
-        oracle.assert_right(*form(*args), true, oracle.TOLERANCES[dtype], note=f"scale {scale}, tau {tau}, beta {beta}")
+        args = case(shape, scale, dtype, tau, beta)
+        note = f"scale {scale}, tau {tau}, beta {beta}"
+        oracle.assert_right(*form(*args), form.truth(*args), oracle.TOLERANCES[dtype], note=note)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 10), (2, 50257)], ids=str)
 def test_compiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    args, true = case(shape, 4, dtype, 0.7, 5.3)
-    oracle.assert_right(*compiled(*args), true, oracle.TOLERANCES[dtype])
+    args = *case(shape, 4, dtype, 0.7, 5.3), labels(torch.empty(shape))
+    oracle.assert_right(*compiled(*args[:5]), compiled.truth(*args[:5]), oracle.TOLERANCES[dtype])
+    oracle.assert_right(*compiled(*args), compiled.truth(*args), oracle.TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(7, 10), (40, 17), (40, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(7, 10), (40, 17), SLOW], ids=str)
 def test_offset_of_1000(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> None:
     """Logits far from zero, and not on the same side, are as good as others: each is taken as it is."""
-    args, true = case(shape, 4, dtype, 0.7, 5.3, offset=1000.0)
-    oracle.assert_right(*form(*args), true, oracle.TOLERANCES[dtype])
+    args = case(shape, 4, dtype, 0.7, 5.3, offset=1000.0)
+    oracle.assert_right(*form(*args), form.truth(*args), oracle.TOLERANCES[dtype])
 
 
+@pytest.mark.torch_only
 @pytest.mark.parametrize("step", [0, 1, 7, 100])
-def test_blocks_have_no_seams(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the block, and with one weight a row, the rows come out in their places."""
-    args, _ = case((100, 100), 4, torch.float32, 0.7, 5.3)
-    beta = torch.rand(100)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_blocks_have_no_seams(form: Form, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the block, and with a weight for each row, the rows come out in their places."""
+    *args, beta = case((100, 100), 4, torch.float32, 0.7, 5.3)
     monkeypatch.setattr(closed_form, "BLOCK_ELEMENTS_PER_THREAD", step * 100)
-    oracle.assert_right(*FORMS["eager"](*args[:4], beta), oracle.truth(*args[:4], beta), 2e-5)
-    oracle.assert_right(*FORMS["terms"](*args[:4], beta), oracle.truth(*args[:4], beta), 2e-5)
-
-
-def test_blocks_without_branches(monkeypatch: pytest.MonkeyPatch) -> None:
-    args, true = case((40, 1000), 4, torch.float32, 0.7, 5.3)
-    monkeypatch.setattr(closed_form, "BLOCK_ELEMENTS_WITHOUT_CACHE", 7000)
-    oracle.assert_right(*FORMS["branchless"](*args), true, 2e-5)
+    beta = beta if form.labelled else torch.rand(100)
+    oracle.assert_right(*form(*args, beta), form.truth(*args, beta), 2e-5)
 
 
 def numerical_slopes(x: Tensor, loss) -> Iterator[tuple[tuple[int, int], float]]:

@@ -6,28 +6,30 @@ import pytest
 import torch
 from torch import nn
 
-from cktat_loss.functional import cktat_loss, cktat_loss_and_grads, cktat_terms
+from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.forms import FORMS, Form, eager, terms
+from tests.forms import FORMS, Form
+
+pytestmark = pytest.mark.kernels
 
 HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 TAU, BETA = 0.7, 5.3
 
 
 @HALF
-@pytest.mark.parametrize("shape", [(5, 10), (40, 17), (40, 1000)], ids=str)
-def test_autocast_changes_nothing(shape: tuple[int, int], half: torch.dtype) -> None:
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("shape", [(5, 10), (40, 17), (8, 1000)], ids=str)
+def test_autocast_changes_nothing(shape: tuple[int, int], form: Form, half: torch.dtype) -> None:
     """Neither the dtype nor a digit: near the minimum, a loss computed in half precision would be noise."""
     base = 3 * torch.randn(shape)
     clean, adv, teacher = ((base + 0.01 * torch.randn(shape)).to(d) for d in (torch.float32, half, torch.float32))
-    for form in (eager, terms):
-        plain = form(clean, adv, teacher, 1.0, BETA)
-        with torch.autocast("cpu", dtype=half):
-            inside = form(clean, adv, teacher, 1.0, BETA)
-        for x, y in zip(inside, plain, strict=True):
-            assert x.dtype == y.dtype
-            assert torch.equal(x, y)
-        assert inside[0].dtype == torch.float32
+    outside = form(clean, adv, teacher, 1.0, BETA)
+    with torch.autocast("cpu", dtype=half):
+        inside = form(clean, adv, teacher, 1.0, BETA)
+    for x, y in zip(inside, outside, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+    assert inside[0].dtype == torch.float32
 
 
 @HALF
@@ -36,7 +38,7 @@ def test_accuracy_inside(form: Form, half: torch.dtype) -> None:
     args = *(3 * torch.randn(3, 40, 100)).to(half).unbind(), TAU, BETA
     with torch.autocast("cpu", dtype=half):
         result = form(*args)
-    oracle.assert_right(*result, oracle.truth(*args), oracle.TOLERANCES[half])
+    oracle.assert_right(*result, form.truth(*args), oracle.TOLERANCES[half])
 
 
 @HALF
@@ -50,26 +52,23 @@ def test_training_step(half: torch.dtype) -> None:
         assert clean.dtype == half
         loss = cktat_loss(clean, adv, target, TAU, BETA)
         terms = cktat_terms(clean, adv, target, TAU)
-        at_once, d_clean, d_adv = cktat_loss_and_grads(clean, adv, target, TAU, BETA)
     true = oracle.truth(clean, adv, target, TAU, BETA)
-    assert {x.dtype for x in (loss, *terms, at_once)} == {torch.float32}
-    assert {d_adv.dtype, d_clean.dtype if d_clean is not None else None} == {half}
+    assert {x.dtype for x in (loss, *terms)} == {torch.float32}
     assert oracle.loss_error(loss, true.rows.mean()) <= 2e-5
-    assert oracle.loss_error(at_once, true.rows.mean()) <= 2e-5
     loss.backward()
-    expected = sum(
-        d.float().t() @ x.to(half).float() for d, x in zip((d_clean, d_adv), x, strict=True) if d is not None
-    )
+    d_clean, d_adv = (torch.from_numpy(d / 5).to(half).float() for d in (true.d_clean, true.d_adv))
+    expected = d_clean.t() @ x[0].to(half).float() + d_adv.t() @ x[1].to(half).float()
     torch.testing.assert_close(student.weight.grad, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.slow_on_a_gpu
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("shape", [(5, 10), (40, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 10), (8, 1000)], ids=str)
 def test_mixed_dtypes(shape: tuple[int, int], form: Form) -> None:
     for dtypes in itertools.product(oracle.TOLERANCES, repeat=3):
         logits = [(3 * torch.randn(shape, dtype=torch.float64)).to(dtype) for dtype in dtypes]
         rows, d_clean, d_adv = form(*logits, TAU, BETA)
         assert rows.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
         assert (d_clean.dtype, d_adv.dtype) == dtypes[:2]
-        true = oracle.truth(*logits, TAU, BETA)
+        true = form.truth(*logits, TAU, BETA)
         oracle.assert_right(rows, d_clean, d_adv, true, oracle.tolerance(*logits), note=str(dtypes))

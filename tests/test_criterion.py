@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -64,15 +65,8 @@ def test_it_equals_functional(teacher, logits, x, reduction, backend):
 def test_defaults_are_those_of_functional_and_the_paper(teacher, logits, x):
     criterion = CKTATLoss(teacher)
     assert (criterion.tau, criterion.beta, criterion.reduction) == (5.0, 6.0, "mean")
-    assert (criterion.detach_clean, criterion.backend) == (False, "auto")
+    assert (criterion.adaptive, criterion.detach_clean, criterion.backend) == (False, False, "auto")
     assert_same(criterion(*logits, x), functional.cktat_loss(*logits, teacher(x)))
-
-
-def test_reductions_agree(teacher, logits, x):
-    rows, total, mean = (CKTATLoss(teacher, reduction=r)(*logits, x) for r in ("none", "sum", "mean"))
-    assert rows.shape == (6,)
-    torch.testing.assert_close(rows.sum(), total)
-    torch.testing.assert_close(rows.mean(), mean)
 
 
 def test_no_gradient_flows_to_teacher_logits(criterion, logits):
@@ -138,32 +132,78 @@ def test_a_beta_of_one_call(teacher, criterion, logits, x):
     assert criterion.beta == BETA
 
 
-@pytest.mark.parametrize("classes", [3, 1000], ids=["short rows", "long rows"])
-@pytest.mark.parametrize("weighed_by", ["batch", "sample"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_tensor_of_betas(classes, weighed_by, dtype, reduction):
-    """Of any dtype: the loss has that of the logits' arithmetic."""
-    n = 20
-    clean, adv, teacher = (torch.randn(n, classes, requires_grad=True) for _ in range(3))
-    weights = torch.rand(n if weighed_by == "sample" else ()).to(dtype) * 7
-    loss = CKTATLoss(None, TAU, reduction=reduction)(clean, adv, teacher_logits=teacher, beta=weights)
-    terms = functional.cktat_terms(clean, adv, teacher, TAU)
-    expected = terms.guidance + weights.float() * terms.consistency
-    expected = expected.mean() if reduction == "mean" else expected
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients(loss, (clean, adv)), gradients(expected, (clean, adv)))
+# Labels.
 
 
-def test_adaptive_beta_is_a_beta(teacher, logits, x):
-    y = torch.randint(3, (6,))
-    weights = adaptive_beta(logits[1], y, beta=BETA)
-    assert not weights.requires_grad
-    torch.testing.assert_close(weights, BETA * logits[1].detach().softmax(1)[torch.arange(6), y])
-    assert_same(
-        CKTATLoss(teacher, detach_clean=True)(*logits, x, beta=weights),
-        functional.cktat_loss(*logits, teacher(x), beta=weights, detach_clean=True),
-    )
+@pytest.fixture
+def recipe(teacher):
+    return CKTATLoss(teacher, tau=TAU, beta=BETA, adaptive=True, detach_clean=True)
+
+
+@pytest.fixture
+def y():
+    return torch.tensor([0, 1, 2, 2, 1, 0])
+
+
+def test_labels_weigh_the_samples(teacher, recipe, logits, x, y):
+    expected = functional.cktat_loss(*logits, teacher(x), TAU, BETA, y=y, detach_clean=True)
+    for loss in (recipe(*logits, x, y=y), recipe(*logits, teacher_logits=teacher(x), y=y)):
+        assert_same(loss, expected)
+    weights = adaptive_beta(logits[1], y, BETA)
+    torch.testing.assert_close(expected, functional.cktat_loss(*logits, teacher(x), TAU, weights, detach_clean=True))
+
+
+def test_labels_follow_the_criterions_beta_and_a_calls_is_its_scale(teacher, recipe, logits, x, y):
+    recipe.beta = 1.3
+    assert_same(recipe(*logits, x, y=y), functional.cktat_loss(*logits, teacher(x), TAU, 1.3, y=y))
+    assert_same(recipe(*logits, x, y=y, beta=2), functional.cktat_loss(*logits, teacher(x), TAU, 2.0, y=y))
+    assert_same(recipe(*logits, x, y=y), functional.cktat_loss(*logits, teacher(x), TAU, 1.3, y=y))
+
+
+def test_labels_where_they_are_due_and_only_there(criterion, recipe, logits, x, y):
+    with pytest.raises(ValueError, match=r"y must be given in every call of a criterion with adaptive=True, got None"):
+        recipe(*logits, x)
+    with pytest.raises(ValueError, match=r"y must be None unless the criterion has adaptive=True, got a tensor"):
+        criterion(*logits, x, y=y)
+    with pytest.raises(
+        TypeError, match=r"beta must be a number where y gives the weights of the samples, got a tensor"
+    ):
+        recipe(*logits, x, y=y, beta=torch.rand(6))
+    with pytest.raises(ValueError, match=r"y must hold labels from 0 to 2, got 3"):
+        recipe(*logits, x, y=y + 1)
+
+
+def test_terms_take_no_labels(criterion, recipe, logits, x, y):
+    assert_same(recipe.terms(*logits, x), criterion.terms(*logits, x))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        recipe.terms(*logits, x, y=y)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_terms_returned_with_the_loss(teacher, logits, x, y, reduction, adaptive):
+    criterion = CKTATLoss(teacher, TAU, BETA, adaptive=adaptive, reduction=reduction)
+    y = y if adaptive else None
+    loss, terms = criterion(*logits, x, y=y, return_terms=True)
+    expected = criterion(*logits, x, y=y)
+    assert type(terms) is CKTATTerms
+    torch.testing.assert_close(terms, criterion.terms(*logits, x))
+    assert not any(term.requires_grad for term in terms)
+    assert_same(loss, expected)
+    assert_same(gradients(loss, logits), gradients(expected, logits))
+
+
+def test_all_comes_from_one_run_of_the_teacher(logits, x, y):
+    class Counting(nn.Linear):
+        runs = 0
+
+        def forward(self, x):
+            self.runs += 1
+            return super().forward(x)
+
+    criterion = CKTATLoss(Counting(4, 3), adaptive=True)
+    criterion(*logits, x, y=y, return_terms=True)
+    assert criterion.teacher.runs == 1
 
 
 # Schedules.
@@ -196,12 +236,18 @@ BAD_BETA = [
     (math.nan, ValueError, r"beta must be finite and >= 0, got nan"),
     (False, TypeError, r"beta must be a number, got False \(bool\)"),
     ("6", TypeError, r"beta must be a number, got '6' \(str\)"),
-    ([6.0], TypeError, r"beta must be a number, got \[6\.0\] \(list\)"),
+    ([6.0], TypeError, r"beta must be a number, got a list"),
 ]
 BAD_ANYWHERE = [("tau", *case) for case in BAD_TAU] + [("beta", *case) for case in BAD_BETA]
 BAD_HERE = [  # in the constructor and as an attribute, where no batch is known
     ("beta", torch.tensor(6.0), TypeError, r"beta must be a number, got a tensor of shape \(\)"),
     ("beta", None, TypeError, r"beta must be a number, got None"),
+    # What nn.Module would take for a child to train.
+    *(
+        (name, value, TypeError, rf"{name} must be a number, got a {got}")
+        for name in ("tau", "beta")
+        for value, got in ((nn.Parameter(torch.tensor(5.0)), r"tensor of shape \(\)"), (nn.Linear(1, 1), "Linear$"))
+    ),
 ]
 
 
@@ -210,6 +256,7 @@ def test_bad_schedules_are_refused(criterion, name, value, kind, match):
     with pytest.raises(kind, match=match):
         setattr(criterion, name, value)
     assert (criterion.tau, criterion.beta) == (TAU, BETA)
+    assert [*criterion.parameters(), *criterion.children()] == []
     with pytest.raises(kind, match=match):
         CKTATLoss(None, **{name: value})
 
@@ -234,14 +281,27 @@ def test_bad_betas_of_a_call_are_refused(criterion, logits, x, value, kind, matc
 @pytest.mark.parametrize(
     ("name", "value", "kind", "match"),
     [
-        ("reduction", "batchmean", ValueError, r"reduction must be one of 'mean', 'sum', 'none', got 'batchmean'"),
+        ("reduction", "batchmean", ValueError, r"reduction must be 'mean', which is torch's 'batchmean'"),
+        ("reduction", np.array(["mean"]), ValueError, r"reduction must be one of 'mean', 'sum', 'none', got a ndarray"),
+        ("backend", np.array(["auto"]), ValueError, r"backend must be one of 'auto', 'triton', 'torch', got a ndarray"),
+        ("adaptive", None, TypeError, r"adaptive must be True or False, got None"),
         ("reduction", None, ValueError, r"reduction must be one of 'mean', 'sum', 'none', got None"),
         ("backend", "cuda", ValueError, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         ("detach_clean", 1, TypeError, r"detach_clean must be True or False, got 1 \(int\)"),
         ("copy_teacher", "no", TypeError, r"copy_teacher must be True or False, got 'no' \(str\)"),
-        ("teacher", torch.nn.functional.relu, TypeError, r"teacher must be a torch\.nn\.Module or None, got <.*relu"),
-        ("teacher", nn.Linear, TypeError, r"teacher must be a torch\.nn\.Module or None, got <class"),
-        ("teacher", {"weight": torch.ones(3, 4)}, TypeError, r"teacher must be a torch\.nn\.Module or None, got \{"),
+        (
+            "teacher",
+            torch.nn.functional.relu,
+            TypeError,
+            r"teacher must be a torch\.nn\.Module or None, got a function",
+        ),
+        ("teacher", nn.Linear, TypeError, r"teacher must be a torch\.nn\.Module or None, got a type"),
+        (
+            "teacher",
+            {"weight": torch.ones(3, 4)},
+            TypeError,
+            r"teacher must be a torch\.nn\.Module or None, got a dict",
+        ),
     ],
 )
 def test_bad_constructor_arguments_are_refused(name, value, kind, match):
@@ -258,9 +318,10 @@ def test_options_are_by_keyword_only(teacher):
 
 
 def test_repr_names_what_was_chosen(teacher):
-    criterion = CKTATLoss(teacher, 2, 3, reduction="sum", detach_clean=True, backend="torch")
+    criterion = CKTATLoss(teacher, 2, 3, adaptive=True, reduction="sum", detach_clean=True, backend="torch")
     assert repr(criterion) == (
-        "CKTATLoss(teacher=Linear, tau=2.0, beta=3.0, reduction='sum', detach_clean=True, backend='torch')"
+        "CKTATLoss(teacher=Linear, tau=2.0, beta=3.0, adaptive=True, reduction='sum', "
+        "detach_clean=True, backend='torch')"
     )
     criterion.beta = 0.5
     assert "beta=0.5" in repr(criterion)

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from cktat_loss import functional
 from tests import oracle
-from tests.forms import FORMS, Form, compiled
+from tests.forms import FLOAT64, FORMS, Form, compiled
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-WIDTHS = (10, 1000, 3000)  # small, in double; single precision; the same in rows so long that they are normalised twice
+pytestmark = pytest.mark.kernels
+
+DTYPES = (FLOAT64, torch.float32, torch.bfloat16)
+# Few calls, one block, several.
+WIDTHS = (10, 1000, pytest.param(3000, marks=pytest.mark.slow_in_the_interpreter))
 
 
 def saturated(width: int, size: float) -> list[Tensor]:
@@ -30,7 +33,7 @@ def saturated(width: int, size: float) -> list[Tensor]:
 def test_saturated_rows(width: int, size: float, dtype: torch.dtype, form: Form) -> None:
     logits = [x.to(dtype) for x in saturated(width, size)]
     for tau, beta in ((1.0, 5.3), (0.7, 0.7), (5.3, 5.3)):
-        true = oracle.truth(*logits, tau, beta)
+        true = form.truth(*logits, tau, beta)
         oracle.assert_right(*form(*logits, tau, beta), true, oracle.TOLERANCES[dtype], note=f"tau {tau}")
 
 
@@ -46,8 +49,8 @@ def test_results_of_saturated_rows_are_in_the_dtype_of_all_others(
     for reduction in ("mean", "sum", "none"):
         assert functional.cktat_loss(clean, adv, teacher, reduction=reduction).dtype == wanted
     assert {term.dtype for term in functional.cktat_terms(clean, adv, teacher)} == {wanted}
-    loss, d_clean, d_adv = functional.cktat_loss_and_grads(clean.detach(), adv.detach(), teacher)
-    assert (loss.dtype, d_clean.dtype, d_adv.dtype) == (wanted, dtype, dtype)
+    _, terms = functional.cktat_loss(clean, adv, teacher, y=torch.zeros(64).long(), return_terms=True)
+    assert {term.dtype for term in terms} == {wanted}
 
 
 def test_saturated_rows_compiled() -> None:
@@ -67,7 +70,7 @@ def test_one_hot_teachers(width: int, dtype: torch.dtype, form: Form) -> None:
     entropy = torch.nn.functional.cross_entropy(adv.double(), labels, reduction="none")
     assert oracle.loss_error(rows, entropy.numpy()) < oracle.TOLERANCES[dtype]
     assert (d_clean == 0).all()
-    oracle.assert_right(rows, d_clean, d_adv, oracle.truth(clean, adv, teacher, 0.7, 0.0), oracle.TOLERANCES[dtype])
+    oracle.assert_right(rows, d_clean, d_adv, form.truth(clean, adv, teacher, 0.7, 0.0), oracle.TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -80,5 +83,5 @@ def test_extreme_temperatures(width: int, tau: float, dtype: torch.dtype, form: 
     teacher[0] = 0.0
     teacher[1, :3] = 20.0
     oracle.assert_right(
-        *form(clean, adv, teacher, tau, 5.3), oracle.truth(clean, adv, teacher, tau, 5.3), oracle.TOLERANCES[dtype]
+        *form(clean, adv, teacher, tau, 5.3), form.truth(clean, adv, teacher, tau, 5.3), oracle.TOLERANCES[dtype]
     )

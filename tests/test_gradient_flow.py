@@ -1,14 +1,16 @@
-"""Gradients reach whom they should, once, at the scale they should have, in each input's own dtype."""
+"""Gradients reach whom they should, in each input's own dtype."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from cktat_loss.functional import cktat_loss, cktat_loss_and_grads, cktat_terms
+from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
 
+pytestmark = pytest.mark.kernels
+
 TAU, BETA = 0.7, 5.3
-SHAPES = [(5, 10), (40, 17), (40, 1000)]
+SHAPES = [(5, 10), (40, 17), pytest.param((40, 1000), marks=pytest.mark.slow_in_the_interpreter)]
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -35,10 +37,6 @@ def test_detach_clean(shape: tuple[int, int]) -> None:
     assert_gradient(adv.grad, true, "adv")
     sum(cktat_terms(clean, adv, teacher, TAU, detach_clean=True)).sum().backward()
     assert clean.grad is None
-    loss, d_clean, d_adv = cktat_loss_and_grads(clean, adv, teacher, TAU, BETA, reduction="sum", detach_clean=True)
-    assert d_clean is None
-    assert_gradient(d_adv, true, "adv")
-    assert oracle.loss_error(loss, true.rows.sum()) <= 2e-5
 
 
 @ALL_SHAPES
@@ -64,7 +62,6 @@ def test_no_graph_where_none_is_asked_for() -> None:
         assert not summed(clean, adv, teacher).requires_grad
         assert not cktat_terms(clean, adv, teacher).guidance.requires_grad
     assert not summed(clean.detach(), adv.detach(), teacher).requires_grad
-    assert not any(x.requires_grad for x in cktat_loss_and_grads(clean, adv, teacher) if x is not None)
 
 
 @pytest.mark.parametrize("depends", [False, True])
@@ -99,87 +96,48 @@ def test_noncontiguous_inputs_and_upstream_gradients(shape: tuple[int, int]) -> 
         assert_gradient(d_adv.t(), true, "adv")
 
 
-@ALL_SHAPES
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_backward_twice(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """A retained graph gives the same gradients again, and under another upstream gradient as many times them."""
-    clean, adv, teacher = logits(*shape, dtype=dtype)
-    loss = summed(clean, adv, teacher)
-    first = torch.autograd.grad(loss, (clean, adv), retain_graph=True)
-    kept = [d.clone() for d in first]
-    second = torch.autograd.grad(loss, (clean, adv), retain_graph=True)
-    doubled = torch.autograd.grad(2 * loss, (clean, adv))
-    for once, copy, again, twice in zip(first, kept, second, doubled, strict=True):
-        assert torch.equal(once, copy)  # and the second pass wrote nothing into the first one's results
-        assert torch.equal(once, again)
-        torch.testing.assert_close(twice, 2 * once, rtol=2e-3, atol=1e-6)
+INPUTS = pytest.mark.parametrize("which", ["clean", "adv", "teacher", "beta", "y"])
 
 
-def test_backward_twice_adds_up() -> None:
-    clean, adv, teacher = logits(40, 17)
-    true = oracle.truth(clean, adv, teacher, TAU, BETA)
-    loss = summed(clean, adv, teacher)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert_gradient(clean.grad, true, "clean", scale=2)
-    assert_gradient(adv.grad, true, "adv", scale=2)
-
-
-def test_changing_logits_in_place_before_backward_is_noticed() -> None:
+def all_inputs() -> dict[str, Tensor]:
     clean, adv, teacher = logits(5, 10)
-    changed = 1 * adv
-    loss = summed(clean, changed, teacher)
-    changed += 1
+    return {"clean": 1 * clean, "adv": 1 * adv, "teacher": teacher, "beta": torch.rand(5), "y": torch.arange(5)}
+
+
+def loss_of(clean: Tensor, adv: Tensor, teacher: Tensor, beta: Tensor, y: Tensor) -> Tensor:
+    """With sample weights of both kinds."""
+    return cktat_loss(clean, adv, teacher, TAU, beta) + cktat_loss(clean, adv, teacher, TAU, BETA, y=y)
+
+
+@INPUTS
+@pytest.mark.slow_on_a_gpu  # where CPU tensors have gone to the GPU
+def test_a_change_in_place_before_backward_is_noticed(which: str) -> None:
+    """Also of what the backward pass may have no more use for."""
+    inputs = all_inputs()
+    loss = loss_of(**inputs)
+    with torch.no_grad():
+        inputs[which].zero_()
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
 
 
-@ALL_SHAPES
-def test_upstream_gradient(shape: tuple[int, int]) -> None:
-    clean, adv, teacher = logits(*shape)
-    true = oracle.truth(clean, adv, teacher, TAU, BETA)
-    (-3.7 * cktat_loss(clean, adv, teacher, TAU, BETA)).backward()
-    assert_gradient(clean.grad / (-3.7 / shape[0]), true, "clean")
-    assert_gradient(adv.grad / (-3.7 / shape[0]), true, "adv")
-
-
-@pytest.mark.parametrize("form", ["loss", "terms", "at once"])
-def test_float16_gradients_survive_loss_scaling(form: str) -> None:
-    """Late in training, cast after the scaling: cast before it, most of them would be zero."""
-    n, scale = 256, 65536.0
-    base = 2 * torch.randn(n, 1000)
-    clean, adv, teacher = ((base + 0.003 * torch.randn(n, 1000)) for _ in range(3))
-    clean, adv, teacher = clean.half().requires_grad_(), adv.half().requires_grad_(), (5 * teacher).half()
-    true = oracle.truth(clean, adv, teacher, 5.0, 6.0)
-    if form == "loss":
-        (scale * cktat_loss(clean, adv, teacher)).backward()
-        gradients = clean.grad, adv.grad
-    elif form == "terms":
-        terms = cktat_terms(clean, adv, teacher)
-        (scale * (terms.guidance + 6.0 * terms.consistency).mean()).backward()
-        gradients = clean.grad, adv.grad
-    else:
-        _, *gradients = cktat_loss_and_grads(clean, adv, teacher, grad_scale=torch.tensor(scale))
-    for actual, expected, unit in zip(gradients, true[3:5], true[5:], strict=True):
-        cast_first = torch.from_numpy(expected / n).half()
-        assert (cast_first == 0).double().mean() > 0.5, "the case is too easy to tell"
-        assert (actual == 0).double().mean() < 0.02
-        assert oracle.gradient_error(actual, scale / n * expected, scale / n * unit) <= 2e-5
-
-
-def test_each_gradient_has_its_own_dtype() -> None:
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    for of_clean in dtypes:
-        for of_adv in dtypes:
-            for shape in SHAPES[:2]:
-                clean, adv, teacher = logits(*shape)
-                clean = clean.detach().to(of_clean).requires_grad_()
-                adv = adv.detach().to(of_adv).requires_grad_()
-                d_clean, d_adv = torch.autograd.grad(summed(clean, adv, teacher), (clean, adv))
-                _, one_clean, one_adv = cktat_loss_and_grads(clean, adv, teacher)
-                assert one_clean is not None
-                assert d_clean.dtype == one_clean.dtype == of_clean
-                assert d_adv.dtype == one_adv.dtype == of_adv
+@pytest.mark.slow_on_a_gpu
+@pytest.mark.parametrize("which", ["clean", "teacher", "beta", "y", "clean teacher beta y"])
+def test_inference_tensors_simply_work(which: str) -> None:
+    """Such as a teacher's logits, cached under inference_mode; and the other inputs are guarded all the same."""
+    inputs = all_inputs()
+    adv = inputs["adv"]
+    expected = torch.autograd.grad(loss_of(**inputs), adv)
+    with torch.inference_mode():
+        inputs.update({name: inputs[name].clone() for name in which.split()})
+    loss = loss_of(**inputs)
+    torch.testing.assert_close(torch.autograd.grad(loss, adv, retain_graph=True), expected)
+    terms = cktat_terms(inputs["clean"], adv, inputs["teacher"], TAU)
+    assert torch.autograd.grad(sum(terms).sum(), adv)[0].abs().sum() > 0  # type: ignore[union-attr]
+    with torch.no_grad():
+        adv.zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
 
 
 @ALL_SHAPES
@@ -204,12 +162,3 @@ def test_adversarial_logits_that_depend_on_clean_ones(create_graph: bool, shape:
     (gradient,) = torch.autograd.grad(summed(clean, adv, teacher), clean, create_graph=create_graph)
     expected = torch.from_numpy(true.d_clean + 0.5 * true.d_adv)
     torch.testing.assert_close(gradient.detach(), expected, rtol=0, atol=1e-10)
-
-
-def test_gradients_in_one_pass_feed_autograd() -> None:
-    weight, x, teacher = torch.randn(4, 10, requires_grad=True), torch.randn(2, 5, 4), torch.randn(5, 10)
-    clean, adv = x[0] @ weight, x[1] @ weight
-    (expected,) = torch.autograd.grad(cktat_loss(clean, adv, teacher), weight, retain_graph=True)
-    _, d_clean, d_adv = cktat_loss_and_grads(clean, adv, teacher)
-    torch.autograd.backward([clean, adv], [d_clean, d_adv])
-    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-6)

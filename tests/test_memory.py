@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.memory import peak_bytes
-from cktat_loss.functional import cktat_loss, cktat_loss_and_grads
+from cktat_loss.functional import cktat_loss
 
 SHAPES = pytest.mark.parametrize("shape", [(64, 21841), (512, 1000)], ids=str)
 
@@ -44,9 +44,17 @@ def test_forward_and_backward(near: bool, shape: tuple[int, int]) -> None:
 
 
 @SHAPES
-def test_loss_and_grads(shape: tuple[int, int]) -> None:
+def test_the_recipe(shape: tuple[int, int]) -> None:
+    """One gradient, weights from labels and the terms of the same pass."""
     clean, adv, teacher = torch.randn(3, *shape)
-    assert 2 <= per_position(lambda: cktat_loss_and_grads(clean, adv, teacher), shape) <= 4
+    adv.requires_grad_()
+    y = torch.arange(shape[0])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        loss, terms = cktat_loss(clean, adv, teacher, 2.0, y=y, detach_clean=True, return_terms=True)
+        return *torch.autograd.grad(loss, adv), *terms
+
+    assert 1 <= per_position(step, shape) <= 3
 
 
 @SHAPES

@@ -1,16 +1,21 @@
-"""Whatever the shape, strides, dtypes, scale, tau, beta and reduction: the truth, and the symmetries it has."""
+"""Whatever the shape, strides, dtypes, scale, tau, beta, labels and form: the truth, and the symmetries it has."""
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cktat_loss.functional import cktat_loss, cktat_loss_and_grads, cktat_terms
+from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
+from tests.forms import FORMS, compiled
+
+pytestmark = pytest.mark.kernels
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LAYOUTS = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.t().contiguous().t(),
@@ -20,6 +25,7 @@ LAYOUTS = {
     "expanded": lambda x: x[:1].expand_as(x),
     "negative view": lambda x: torch._neg_view(-x),
 }
+REDUCTIONS = st.sampled_from(["mean", "sum", "none"])
 
 
 class Case(NamedTuple):
@@ -28,6 +34,7 @@ class Case(NamedTuple):
     teacher: Tensor
     tau: float
     beta: float | Tensor
+    y: Tensor | None
 
     @property
     def logits(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +43,11 @@ class Case(NamedTuple):
     @property
     def tolerance(self) -> float:
         return oracle.tolerance(*self.logits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the loss."""
+        return torch.float64 if torch.float64 in {x.dtype for x in self.logits} else torch.float32
 
 
 @st.composite
@@ -49,76 +61,102 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
         x = (scale * torch.randn(n, c, generator=g, dtype=torch.float64)).to(draw(st.sampled_from(dtypes)))
         return LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](x)
 
-    a_number = st.floats(0, 10, width=32)
-    beta: float | Tensor = draw(a_number)
-    if draw(st.booleans()):
-        shape = draw(st.sampled_from([(), (n,)]))
+    beta: float | Tensor = draw(st.floats(0, 10, width=32))
+    y = None
+    weights = draw(st.sampled_from(["a number", "a tensor", "for each sample", "labels"]))
+    if weights == "labels":
+        y = torch.randint(min(c, 128), (n,), generator=g).to(draw(st.sampled_from(LABELS)))
+        y = torch.stack((y, y), 1)[:, 0] if draw(st.booleans()) else y
+    elif weights != "a number":
+        shape = () if weights == "a tensor" else (n,)
         beta = (10 * torch.rand(shape, generator=g)).to(draw(st.sampled_from(DTYPES)))
-    return Case(logits(), logits(), logits(), draw(st.floats(0.25, 20)), beta)
+    return Case(logits(), logits(), logits(), draw(st.floats(0.25, 20)), beta, y)
+
+
+def loss_of(case: Case, *logits: Tensor, **options: Any) -> Any:
+    clean, adv = logits or case[:2]
+    return cktat_loss(clean, adv, *case[2:5], y=case.y, **options)
 
 
 def gradients(case: Case, reduction: str = "none", upstream: Tensor | None = None) -> tuple[Tensor, ...]:
     clean, adv = case.clean.detach().requires_grad_(), case.adv.detach().requires_grad_()
-    loss = cktat_loss(clean, adv, *case[2:], reduction=reduction)
+    loss = loss_of(case, clean, adv, reduction=reduction)
     upstream = torch.ones_like(loss) if upstream is None else upstream
     return loss.detach(), *torch.autograd.grad(loss, (clean, adv), upstream)
 
 
-@given(cases(), st.sampled_from(["mean", "sum", "none"]))
-def test_the_truth(case: Case, reduction: str) -> None:
-    loss, d_clean, d_adv = gradients(case, reduction)
+@pytest.mark.parametrize("form", [f for f in FORMS.values() if not f.labelled], ids=lambda f: f.run.__name__)
+@given(case=cases())
+def test_the_truth_in_every_form(form: Any, case: Case) -> None:
+    rows, d_clean, d_adv = form(*case)
+    assert (rows.dtype, d_clean.dtype, d_adv.dtype) == (case.dtype, case.clean.dtype, case.adv.dtype)
+    oracle.assert_right(rows, d_clean, d_adv, oracle.truth(*case), case.tolerance)
+
+
+@pytest.mark.torch_only
+@settings(max_examples=10)  # some tenths of a second each
+@given(cases())
+def test_the_truth_compiled(case: Case) -> None:
+    n = min(len(case.adv), 9)
+    beta = case.beta[:n] if isinstance(case.beta, Tensor) and case.beta.ndim else case.beta
+    few = Case(*(x[:n] for x in case.logits), case.tau, beta, case.y if case.y is None else case.y[:n])
+    oracle.assert_right(*compiled(*few), oracle.truth(*few), few.tolerance)
+
+
+@given(cases(), REDUCTIONS, st.booleans(), st.sampled_from([1.0, 0.25, -3.7]))
+def test_the_truth_reduced(case: Case, reduction: Any, detach_clean: bool, upstream: float) -> None:
+    """With its terms, which are those of :func:`cktat_terms` and have no gradient; the clean logits' one or none."""
+    clean, adv = case.clean.detach().requires_grad_(), case.adv.detach().requires_grad_()
     true, n = oracle.truth(*case), len(case.adv)
-    assert loss.dtype == (torch.float64 if torch.float64 in {x.dtype for x in case.logits} else torch.float32)
-    assert (d_clean.dtype, d_adv.dtype) == (case.clean.dtype, case.adv.dtype)
-    rows = loss if reduction == "none" else cktat_loss(*case, reduction="none")
-    oracle.assert_right(rows, d_clean, d_adv, true, case.tolerance, scale=1 / n if reduction == "mean" else 1)
-    if reduction != "none":
-        assert oracle.loss_error(loss, getattr(true.rows, reduction)()) <= case.tolerance
+    loss, terms = loss_of(case, clean, adv, reduction=reduction, detach_clean=detach_clean, return_terms=True)
+    wanted = true.rows if reduction == "none" else getattr(true.rows, reduction)()
+    assert oracle.loss_error(loss, wanted) <= case.tolerance
+    for term, apart, expected in zip(terms, cktat_terms(*case[:4]), true[:2], strict=True):
+        assert not term.requires_grad
+        assert term.dtype == loss.dtype == case.dtype
+        assert oracle.loss_error(term, expected) <= case.tolerance
+        torch.testing.assert_close(term, apart, rtol=1e-5, atol=1e-8)
+    d_clean, d_adv = torch.autograd.grad(upstream * loss.sum(), (clean, adv), allow_unused=True)
+    scale = upstream / n if reduction == "mean" else upstream
+    assert (d_clean is None) == detach_clean
+    if d_clean is not None:
+        size = abs(scale) * true.unit_clean
+        assert oracle.gradient_error(d_clean, scale * true.d_clean, size) <= case.tolerance
+    assert oracle.gradient_error(d_adv, scale * true.d_adv, abs(scale) * true.unit_adv) <= case.tolerance
 
 
 @given(cases())
-def test_terms_are_the_truth(case: Case) -> None:
-    terms = cktat_terms(*case[:4])
-    true = oracle.truth(*case)
-    assert oracle.loss_error(terms.guidance, true.guidance) <= case.tolerance
-    assert oracle.loss_error(terms.consistency, true.consistency) <= case.tolerance
-    assert terms.guidance.dtype == terms.consistency.dtype == cktat_loss(*case).dtype
-
-
-@given(cases(), st.sampled_from(["mean", "sum"]))
-def test_three_forms_agree(case: Case, reduction: Any) -> None:
-    """The loss, its terms put together, and loss and gradients in one pass."""
-    true, n = oracle.truth(*case), len(case.adv)
-    scale = 1 / n if reduction == "mean" else 1
+def test_any_upstream_gradients_of_the_terms(case: Case) -> None:
+    """A weight for each row and each term, negative ones and zeros too."""
     clean, adv = case.clean.detach().requires_grad_(), case.adv.detach().requires_grad_()
     terms = cktat_terms(clean, adv, case.teacher, case.tau)
-    rows = terms.guidance + case.beta * terms.consistency
-    by_terms = torch.autograd.grad(getattr(rows, reduction)(), (clean, adv))
-    loss, *by_autograd = gradients(case, reduction)
-    at_once, *in_one_pass = cktat_loss_and_grads(*case, reduction=reduction)
-    torch.testing.assert_close(at_once, loss, rtol=1e-6, atol=1e-12)
-    assert at_once.dtype == loss.dtype
-    for d_clean, d_adv in (by_terms, by_autograd, in_one_pass):
-        oracle.assert_right(rows.detach(), d_clean, d_adv, true, case.tolerance, scale)
-        assert (d_clean.dtype, d_adv.dtype) == (clean.dtype, adv.dtype)
+    upstream = (torch.randn(2, len(adv)).relu() - 0.3).to(case.dtype).unbind()
+    d_clean, d_adv = torch.autograd.grad(terms, (clean, adv), upstream)
+    w_guidance, w_consistency = map(oracle.array, upstream)
+    zero, one = (oracle.truth(*case[:4], beta) for beta in (0.0, 1.0))
+    of_adv = w_guidance[:, None] * zero.d_adv + w_consistency[:, None] * (one.d_adv - zero.d_adv)
+    size = abs(w_consistency)
+    assert oracle.gradient_error(d_clean, w_consistency[:, None] * one.d_clean, size * one.unit_clean) <= case.tolerance
+    assert oracle.gradient_error(d_adv, of_adv, size + abs(w_guidance)) <= case.tolerance
 
 
-@given(cases(dtypes=(torch.float64, torch.float32)), st.floats(1e-3, 1e5), st.sampled_from(["mean", "sum"]))
-def test_grad_scale(case: Case, scale: float, reduction: Any) -> None:
-    """Scales the gradients as a loss scaled by as much would, and leaves the loss alone."""
-    loss, *plain = cktat_loss_and_grads(*case, reduction=reduction)
-    true, n = oracle.truth(*case), len(case.adv) if reduction == "mean" else 1
-    for factor in (scale, torch.tensor(scale, dtype=torch.float64)):
-        same, *scaled = cktat_loss_and_grads(*case, reduction=reduction, grad_scale=factor)
-        assert torch.equal(same, loss)
-        for big, small, unit in zip(scaled, plain, (true.unit_clean, true.unit_adv), strict=True):
-            assert oracle.gradient_error(big, scale * oracle.array(small), scale / n * unit) <= 1e-6
+@given(cases(), st.integers(0, 2**32))
+def test_any_upstream_gradient_of_each_row(case: Case, seed: int) -> None:
+    true, g = oracle.truth(*case), torch.Generator().manual_seed(seed)
+    upstream = torch.randn(len(case.adv), generator=g).relu() - 0.3
+    loss, d_clean, d_adv = gradients(case, upstream=upstream.to(case.dtype))
+    weight = oracle.array(upstream)[:, None]
+    size = abs(weight[:, 0])
+    assert oracle.gradient_error(d_clean, weight * true.d_clean, size * true.unit_clean) <= case.tolerance
+    assert oracle.gradient_error(d_adv, weight * true.d_adv, size * true.unit_adv) <= case.tolerance
+    assert oracle.loss_error(loss, true.rows) <= case.tolerance
 
 
+@pytest.mark.torch_only
 @given(cases(dtypes=(torch.float64,)), st.floats(-50, 50), st.floats(-50, 50), st.floats(-50, 50))
 def test_a_shift_of_a_row_changes_nothing(case: Case, by_clean: float, by_adv: float, by_teacher: float) -> None:
     clean, adv, teacher = case.logits
-    shifted = Case(clean + by_clean, adv + by_adv, teacher + by_teacher, case.tau, case.beta)
+    shifted = case._replace(clean=clean + by_clean, adv=adv + by_adv, teacher=teacher + by_teacher)
     for after, before in zip(gradients(shifted), gradients(case), strict=True):
         torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
 
@@ -128,14 +166,18 @@ def test_the_order_of_classes_and_samples_does_not_matter(case: Case, random: An
     n, c = case.adv.shape
     rows, columns = (torch.tensor(random.sample(range(size), size)) for size in (n, c))
     beta = case.beta[rows] if isinstance(case.beta, Tensor) and case.beta.ndim else case.beta
-    shuffled = Case(*(x[rows][:, columns] for x in case.logits), case.tau, beta)
-    d_clean, d_adv = (x[rows.argsort()][:, columns.argsort()] for x in gradients(shuffled)[1:])
-    loss = gradients(shuffled)[0][rows.argsort()]
-    oracle.assert_right(loss, d_clean, d_adv, oracle.truth(*case), case.tolerance)
+    y = None if case.y is None else columns.argsort()[case.y.long()[rows]]
+    shuffled = Case(*(x[rows][:, columns] for x in case.logits), case.tau, beta, y)
+    loss, *both = gradients(shuffled)
+    d_clean, d_adv = (x[rows.argsort()][:, columns.argsort()] for x in both)
+    oracle.assert_right(loss[rows.argsort()], d_clean, d_adv, oracle.truth(*case), case.tolerance)
 
 
+@pytest.mark.torch_only
 @given(cases(dtypes=(torch.float64,)), st.floats(0, 10), st.floats(0, 10))
 def test_linear_in_beta(case: Case, one: float, other: float) -> None:
+    """Also as the scale of the labels' weights."""
+
     def at(beta: float) -> tuple[Tensor, ...]:
         return gradients(case._replace(beta=beta))
 
@@ -149,25 +191,13 @@ def test_gradients_sum_to_zero_over_classes(case: Case) -> None:
         assert (abs(oracle.array(gradient).sum(1)) <= 2e-5 * unit).all()
 
 
-@given(cases(), st.integers(0, 2**32))
-def test_any_upstream_gradient(case: Case, seed: int) -> None:
-    """A weight a row, negative ones and zeros too."""
-    true, g = oracle.truth(*case), torch.Generator().manual_seed(seed)
-    upstream = torch.randn(len(case.adv), generator=g).relu() - 0.3
-    loss, d_clean, d_adv = gradients(case, upstream=upstream.to(cktat_loss(*case).dtype))
-    weight = oracle.array(upstream)[:, None]
-    size = abs(weight[:, 0])
-    assert oracle.gradient_error(d_clean, weight * true.d_clean, size * true.unit_clean) <= case.tolerance
-    assert oracle.gradient_error(d_adv, weight * true.d_adv, size * true.unit_adv) <= case.tolerance
-    assert oracle.loss_error(loss, true.rows) <= case.tolerance
-
-
 @given(cases())
 def test_inputs_stay_as_they_are(case: Case) -> None:
-    before = [x.clone() for x in (*case.logits, torch.as_tensor(case.beta))]
+    inputs = [torch.as_tensor(x) for x in case if x is not None]
+    before = [x.clone() for x in inputs]
     gradients(case)
-    cktat_loss(*case)
+    gradients(case, "mean")
+    loss_of(case, return_terms=True)
     cktat_terms(*case[:4])
-    cktat_loss_and_grads(*case)
-    for after, copy in zip((*case.logits, torch.as_tensor(case.beta)), before, strict=True):
+    for after, copy in zip(inputs, before, strict=True):
         assert torch.equal(after, copy)

@@ -5,20 +5,23 @@ from typing import Any
 import pytest
 import torch
 
-from cktat_loss.functional import cktat_loss, cktat_loss_and_grads, cktat_terms
+from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.forms import FORMS, Form
+from tests.forms import DTYPES, FLOAT64, FORMS, Form
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.kernels
 
 
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
 @pytest.mark.parametrize("n", [1, 5, 400])
-def test_reductions_of_the_same_rows(n: int) -> None:
-    clean, adv, teacher = torch.randn(3, n, 10, dtype=torch.float64)
+def test_reductions_of_the_same_rows(n: int, dtype: torch.dtype) -> None:
+    clean, adv, teacher = torch.randn(3, n, 10, dtype=dtype)
     rows = oracle.truth(clean, adv, teacher, 5.0, 6.0).rows
-    assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="none"), rows) < 1e-11
-    assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="sum"), rows.sum()) < 1e-11
-    assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="mean"), rows.sum() / n) < 1e-11
+    assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="none"), rows) < oracle.TOLERANCES[dtype]
+    assert oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="sum"), rows.sum()) < oracle.TOLERANCES[dtype]
+    assert (
+        oracle.loss_error(cktat_loss(clean, adv, teacher, reduction="mean"), rows.sum() / n) < oracle.TOLERANCES[dtype]
+    )
     assert torch.equal(cktat_loss(clean, adv, teacher), cktat_loss(clean, adv, teacher, reduction="mean"))
     assert cktat_loss(clean, adv, teacher).shape == ()
     assert cktat_loss(clean, adv, teacher, reduction="none").shape == (n,)
@@ -31,17 +34,16 @@ def test_empty_batch(classes: int, dtype: torch.dtype) -> None:
     clean.requires_grad_()
     adv.requires_grad_()
     out = torch.float64 if dtype == torch.float64 else torch.float32
-    for beta in (6.0, torch.ones(()), torch.ones(0)):
+    for beta, y in ((6.0, None), (torch.ones(()), None), (torch.ones(0), None), (6.0, torch.empty(0).long())):
         for reduction in ("mean", "sum", "none"):
-            loss = cktat_loss(clean, adv, clean, 5.0, beta, reduction=reduction)  # type: ignore[arg-type]
+            loss = cktat_loss(clean, adv, clean, 5.0, beta, y=y, reduction=reduction)  # type: ignore[arg-type]
             expected = {"mean": torch.tensor(torch.nan), "sum": torch.tensor(0.0), "none": torch.empty(0)}[reduction]
             torch.testing.assert_close(loss.detach(), expected.to(out), equal_nan=True)
             for gradient in torch.autograd.grad(loss.sum(), (clean, adv)):
                 assert gradient.shape == (0, classes)
                 assert gradient.dtype == dtype
-        loss, *gradients = cktat_loss_and_grads(clean, adv, clean, 5.0, beta)
-        assert loss.isnan()
-        assert [d.shape for d in gradients] == [(0, classes)] * 2
+        _, terms = cktat_loss(clean, adv, clean, 5.0, beta, y=y, return_terms=True)
+        assert [term.shape for term in terms] == [(0,)] * 2
     terms = cktat_terms(clean, adv, clean)
     assert [term.shape for term in terms] == [(0,)] * 2
     for gradient in torch.autograd.grad(sum(terms).sum(), (clean, adv)):
@@ -60,7 +62,7 @@ def test_one_class(n: int, dtype: torch.dtype, form: Form) -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [10, 1000, 21841])
+@pytest.mark.parametrize("classes", [10, 1000, pytest.param(21841, marks=pytest.mark.slow_in_the_interpreter)])
 def test_one_sample(classes: int, dtype: torch.dtype, form: Form) -> None:
     args: list[Any] = [*(4 * torch.randn(3, 1, classes)).to(dtype), 0.7, 5.3]
-    oracle.assert_right(*form(*args), oracle.truth(*args), oracle.TOLERANCES[dtype])
+    oracle.assert_right(*form(*args), form.truth(*args), oracle.TOLERANCES[dtype])

@@ -10,9 +10,11 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from cktat_loss import reference
 from cktat_loss.functional import cktat_loss, cktat_terms
+from tests.forms import FLOAT64
 
 TAU, BETA = 0.7, 5.3
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+LABELS = torch.tensor([0, 3, 1])
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "loss": lambda c, a, t: cktat_loss(c, a, t, TAU, BETA),
     "terms": lambda c, a, t: sum(w * k.mean() for w, k in zip((1, BETA), cktat_terms(c, a, t, TAU), strict=True)),
@@ -27,7 +29,7 @@ def logits(n: int = 3, classes: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 @REDUCTIONS
 @pytest.mark.parametrize("beta", [BETA, torch.tensor([0.0, 0.7, 5.3], dtype=torch.float64)], ids=["float", "tensor"])
-def test_loss(beta: Any, reduction: Any) -> None:
+def test_gradgradcheck_of_the_loss(beta: Any, reduction: Any) -> None:
     clean, adv, teacher = logits()
 
     def loss(clean: Tensor, adv: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def test_loss(beta: Any, reduction: Any) -> None:
     assert gradgradcheck(loss, (clean, adv))
 
 
-def test_terms() -> None:
+def test_gradgradcheck_of_the_terms() -> None:
     clean, adv, teacher = logits()
     assert gradcheck(lambda c, a: cktat_terms(c, a, teacher, TAU), (clean, adv))
     assert gradgradcheck(lambda c, a: cktat_terms(c, a, teacher, TAU), (clean, adv))
@@ -80,7 +82,8 @@ def test_at_equal_predictions() -> None:
     torch.testing.assert_close(second[0, 0], (1 + BETA) / 3 * p[0] * (1 - p[0]), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
 @EACH_LOSS
 def test_hessian(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
     clean, adv, teacher = (x.detach().to(dtype) for x in logits())
@@ -94,8 +97,9 @@ def test_hessian(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
             torch.testing.assert_close(block.double(), expected_block, rtol=tolerance, atol=tolerance * (1 + BETA))
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (40, 17), (40, 1000)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (40, 17), (8, 1000)], ids=str)
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
 @EACH_LOSS
 def test_gradient_penalty(loss: Callable[..., Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> None:
     clean, adv, teacher = (x.detach().to(dtype) for x in logits(*shape))
@@ -125,3 +129,72 @@ def test_first_backward_with_a_graph_changes_no_gradient() -> None:
     for x, y in zip(with_graph, without, strict=True):
         assert x.requires_grad
         torch.testing.assert_close(x.detach(), y, rtol=1e-11, atol=1e-13)
+
+
+# What is easily wrong in silence: a gradient in the loss itself.
+
+PENALTIES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "l + g^2": lambda loss, gradient, adv: loss + gradient.square().sum(),
+    "g a": lambda loss, gradient, adv: (gradient * adv).sum(),
+    "g": lambda loss, gradient, adv: gradient[:, 0].sum(),
+}
+EACH_PENALTY = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+SHAPES = pytest.mark.parametrize("shape", [(3, 4), (3, 50)], ids=str)
+WITH_LABELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    **LOSSES,
+    "labels": lambda c, a, t: cktat_loss(c, a, t, TAU, BETA, y=LABELS),
+    "sum of rows": lambda c, a, t: cktat_loss(c, a, t, TAU, BETA, reduction="none").sum() / 3,
+}
+
+
+def of_reference(clean: Tensor, adv: Tensor, teacher: Tensor) -> Tensor:
+    return reference.cktat_loss(clean, adv, teacher, TAU, BETA)
+
+
+def labelled_reference(clean: Tensor, adv: Tensor, teacher: Tensor) -> Tensor:
+    weights = BETA * adv.detach().softmax(1)[torch.arange(3), LABELS]
+    return reference.cktat_loss(clean, adv, teacher, TAU, weights)
+
+
+def penalised(loss: Callable[..., Tensor], penalty: Callable[..., Tensor], *logits: Tensor) -> tuple[Tensor, ...]:
+    clean, adv = (x.detach().clone().requires_grad_() for x in logits[:2])
+    value = loss(clean, adv, logits[2])
+    (gradient,) = torch.autograd.grad(value, adv, create_graph=True)
+    return torch.autograd.grad(penalty(value, gradient, adv), (clean, adv))
+
+
+def expected_of(name: str, penalty: Callable[..., Tensor], *logits: Tensor) -> tuple[Tensor, ...]:
+    return penalised(labelled_reference if name == "labels" else of_reference, penalty, *(x.double() for x in logits))
+
+
+@EACH_PENALTY
+@SHAPES
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_a_gradient_in_the_loss(
+    name: str, dtype: torch.dtype, shape: tuple[int, int], penalty: Callable[..., Tensor]
+) -> None:
+    args = [x.to(dtype) for x in logits(*shape)]
+    actual = penalised(WITH_LABELS[name], penalty, *args)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    for x, true in zip(actual, expected_of(name, penalty, *args), strict=True):
+        torch.testing.assert_close(x.double(), true, rtol=tolerance, atol=tolerance * (1 + BETA))
+
+
+@EACH_PENALTY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_a_gradient_in_a_compiled_loss_is_right_or_raises(
+    name: str, dtype: torch.dtype, penalty: Callable[..., Tensor]
+) -> None:
+    torch.compiler.reset()
+    args = [x.to(dtype) for x in logits()]
+    compiled = torch.compile(WITH_LABELS[name], backend="aot_eager", fullgraph=True)
+    try:
+        actual = penalised(compiled, penalty, *args)
+    except RuntimeError as error:
+        assert "double backward" in str(error)  # noqa: PT017 - either will do
+        return
+    for x, true in zip(actual, expected_of(name, penalty, *args), strict=True):
+        torch.testing.assert_close(x.double(), true, rtol=1e-4, atol=1e-4)

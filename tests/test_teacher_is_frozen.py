@@ -258,7 +258,7 @@ def test_an_exception_in_the_teacher_restores_modes(batch, copy_teacher):
 
 
 def test_a_teacher_without_logits_is_a_clear_error(batch):
-    with pytest.raises(TypeError, match=r"teacher\(x\) must be a tensor of logits \(N, C\), got tuple"):
+    with pytest.raises(TypeError, match=r"teacher\(x\) must be a tensor of logits \(N, C\), got a tuple"):
         CKTATLoss(TwoHeads())(*batch)
 
 
@@ -308,6 +308,27 @@ def test_it_is_no_part_of_a_model_that_holds_the_criterion(teacher):
     assert {*model.parameters()} == {*model["student"].parameters()}
 
 
+class Both(nn.Module):
+    """As in a Lightning module: the teacher, and the criterion that has its copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = make_net()
+        self.criterion = CKTATLoss(self.teacher)
+
+
+def test_loading_a_module_that_holds_both_restores_the_teacher_alone(batch):
+    """So load the teacher first and make the criterion then, as CKTATLoss says."""
+    trained, resumed = Both(), Both()
+    old = resumed.criterion(*batch)
+    resumed.load_state_dict(trained.state_dict())
+    assert torch.equal(expected_loss(resumed.teacher, batch), trained.criterion(*batch))
+    assert torch.equal(resumed.criterion(*batch), old)
+    resumed.criterion = CKTATLoss(resumed.teacher)
+    assert torch.equal(resumed.criterion(*batch), trained.criterion(*batch))
+    assert "Load the teacher's weights first" in CKTATLoss.__doc__
+
+
 # Yet it goes where the criterion goes.
 
 
@@ -352,16 +373,24 @@ def test_criteria_without_weights_move_too(batch, make):
 )
 def test_clones_give_the_same_loss(teacher, batch, clone, copy_teacher):
     criterion = CKTATLoss(
-        teacher, tau=2.5, beta=1.5, reduction="none", detach_clean=True, copy_teacher=copy_teacher, backend="torch"
+        teacher,
+        tau=2.5,
+        beta=1.5,
+        adaptive=True,
+        reduction="none",
+        detach_clean=True,
+        copy_teacher=copy_teacher,
+        backend="torch",
     )
     criterion.beta = 0.5
     other = clone(criterion)
-    expected = criterion(*batch)
-    assert torch.equal(other(*batch), expected)
+    y = torch.arange(16) % 3
+    expected = criterion(*batch, y=y)
+    assert torch.equal(other(*batch, y=y), expected)
     assert repr(other) == repr(criterion)
     assert other.state_dict() == {}
     criterion.teacher[4].weight.data.zero_()
-    assert torch.equal(other(*batch), expected)
+    assert torch.equal(other(*batch, y=y), expected)
 
 
 def saved_and_loaded(criterion):

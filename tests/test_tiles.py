@@ -13,12 +13,14 @@ from tests import forms, oracle
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
 
-BOTH = pytest.mark.parametrize("form", [forms.eager, forms.at_once], ids=["graph", "one pass"])
+BOTH = pytest.mark.parametrize(
+    "form", [forms.Form(forms.rows), forms.Form(forms.total, labelled=True)], ids=["rows", "labels"]
+)
 
 
 def check(form: forms.Form, n: int, classes: int, dtype: torch.dtype = torch.float32) -> None:
     logits = (3 * torch.randn(3, n, classes)).to(dtype)
-    oracle.assert_right(*form(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5, note=f"N={n}, C={classes}")
+    oracle.assert_right(*form(*logits, 0.7, 5.3), form.truth(*logits, 0.7, 5.3), 2e-5, note=f"N={n}, C={classes}")
 
 
 @BOTH
@@ -26,7 +28,7 @@ def check(form: forms.Form, n: int, classes: int, dtype: torch.dtype = torch.flo
 def test_few_classes(classes: int, form: forms.Form) -> None:
     from cktat_loss.kernels import launch
 
-    tile = launch.rows_tile(classes, (4, 4, 4))
+    tile = launch.rows_tile(classes, 4, 257)
     assert classes <= tile.G * tile.W
     for n in {1, tile.M - 1, tile.M, tile.M + 1} - {0}:
         check(form, n, classes)
@@ -40,7 +42,7 @@ def test_a_row_a_program(classes: int, form: forms.Form) -> None:
 
 @BOTH
 @pytest.mark.parametrize("classes", [4097, 4104, 5003, 6144, 21841])
-def test_chunks(classes: int, form: forms.Form) -> None:
+def test_rows_in_chunks(classes: int, form: forms.Form) -> None:
     for dtype in (torch.float32, torch.float16):
         check(form, 2, classes, dtype)
 
@@ -61,7 +63,8 @@ def test_every_tile_fits() -> None:
 
     for classes in [*range(1, 200), 255, 256, 257, 1000, 1001, 2048, 4095, 4096]:
         for size in (2, 4):
-            tile = launch.rows_tile(classes, (size,) * 3)
-            assert all(x & (x - 1) == 0 for x in tile)
-            assert classes <= tile.G * tile.W < 2 * classes or tile.G * tile.W == 4 > classes or classes == 1
-            assert 16 * 32 * tile.warps >= tile.G * tile.M * tile.W or classes < 16
+            for n in (1, 64, 256, 257):
+                tile = launch.rows_tile(classes, size, n)
+                assert all(x & (x - 1) == 0 for x in tile)
+                assert classes <= tile.G * tile.W < 2 * classes or tile.G * tile.W == 4 > classes or classes == 1
+                assert 16 * 32 * tile.warps >= tile.G * tile.M * tile.W or classes < 16

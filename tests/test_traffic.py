@@ -1,14 +1,14 @@
 """What the Triton kernels load and store, counted in the interpreter: each logit once, each gradient once, no more.
 
-Element moves a logit position: 3 without gradients, 3 + 5 with a graph, 5 for loss and gradients in one pass, or 8
-where a row is streamed. Launches: one for the terms, two for the loss (the second, of one program, adds it up).
+Element moves a logit position, with row values: 5.1 for a training step whose upstream gradient is one, 3.1 without
+gradients. A row of more than 4,096 classes is streamed, and read once more where it has gradients: 8.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cktat_loss import kernels
+from cktat_loss.functional import cktat_loss, cktat_terms
 
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
 
-SHAPES = [(5, 10), (130, 10), (3, 100), (2, 1000), (3, 257), (2, 4096), (1, 5003), (2, 21841)]
-DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(130, 10), (20, 100), (3, 1000), (2, 4096), (2, 5003), (1, 21841)]
+EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 class Traffic:
@@ -39,6 +39,9 @@ class Traffic:
 
     def stored(self, x: Tensor) -> NDArray[np.int64]:
         return times(self.stores, x)
+
+    def moves(self) -> int:
+        return sum(map(len, (*self.loads, *self.stores)))
 
     def bytes_outside(self) -> int:
         """How many addresses are no element of any tensor given."""
@@ -91,76 +94,116 @@ def counting() -> Iterator[Traffic]:
         yield traffic
 
 
-def logits(n: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(n, classes).to(dtype) for _ in range(3)]
+class Step(NamedTuple):
+    """What is asked of the loss, and the moves a position that it may take: of rows in registers, of streamed ones."""
+
+    rows: float
+    chunks: float
+    dtype: torch.dtype = torch.float32
+    needed: str = "clean adv"
+    upstream: float = 1.0
+    terms_alone: bool = False
+    detach_clean: bool = False
+    reduction: str = "mean"
 
 
-def state_of(*inputs: Tensor) -> Tensor:
-    state = kernels.terms(*inputs, 5.3, save_state=True).state
-    assert state is not None
-    return state
+STEPS = {
+    "training": Step(5.1, 8.1),
+    "training, bfloat16": Step(5.1, 8.1, torch.bfloat16),
+    "detach_clean": Step(4.1, 7.1, detach_clean=True),
+    "no gradient for clean": Step(4.1, 7.1, needed="adv"),
+    "no gradient for adv": Step(4.1, 7.1, needed="clean"),
+    "another upstream": Step(10.2, 16.2, upstream=0.25),
+    "no grad": Step(3.1, 3.1, needed=""),
+    "float16": Step(8.2, 11.2, torch.float16, upstream=1024.0),
+    "none": Step(8.2, 11.2, reduction="none"),
+    "terms": Step(8.4, 11.4, terms_alone=True),
+}
+EACH_STEP = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 
 
-def no_gradients(found: Any) -> list[Tensor]:
-    return []
+class Done(NamedTuple):
+    traffic: Traffic
+    logits: list[Tensor]
+    gradients: tuple[Tensor, ...]
 
 
-# name: the call, its gradients, how often it reads the logits in rows and in chunks, launches
-CALLS: dict[str, tuple[Callable[..., Any], Callable[[Any], list[Tensor]], int, int, int]] = {
-    "terms": (lambda *x, state: kernels.terms(*x, 5.3), no_gradients, 1, 1, 1),
-    "loss": (lambda *x, state: kernels.loss(*x, 5.3, torch.rand(len(x[0])), "mean"), no_gradients, 1, 1, 2),
-    "rows of the loss": (lambda *x, state: kernels.loss(*x, 5.3, 5.7, "none"), no_gradients, 1, 1, 1),
-    "forward of a graph": (
-        lambda *x, state: kernels.loss(*x, 5.3, 5.7, "mean", save_state=True), no_gradients, 1, 1, 2,
-    ),
-    "its backward": (
-        lambda *x, state: kernels.gradients(*x, 5.3, state, torch.ones(()), torch.ones(()), beta=5.7), list, 1, 1, 1,
-    ),
-    "one pass": (
-        lambda *x, state: kernels.loss_and_grads(*x, 5.3, 5.7, "mean"), lambda found: list(found[1:]), 1, 2, 2,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CALLS)
-def test_each_element_once(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    call, gradients_of, in_rows, in_chunks, launches = CALLS[name]
-    inputs = logits(*shape, dtype)
-    state = state_of(*inputs)
+def run(step: Step, shape: tuple[int, int], cut: slice = slice(None), **options: Any) -> Done:
+    n, classes = shape
+    margin = 0 if cut == slice(None) else 5
+    logits = [torch.randn(n, classes + margin).to(step.dtype)[:, cut] for _ in range(3)]
+    for x, name in zip(logits, ("clean", "adv"), strict=False):
+        x.requires_grad_(name in step.needed)
+    wanted = [x for x in logits if x.requires_grad and not (x is logits[0] and step.detach_clean)]
     with counting() as traffic:
-        gradients = gradients_of(call(*inputs, state=state))
-    readings = in_rows if shape[1] <= 4096 else in_chunks
-    for x in inputs:
+        if step.terms_alone:
+            out = sum(cktat_terms(*logits, 0.7, backend="triton"))
+        else:
+            asked: dict[str, Any] = {"reduction": step.reduction, "detach_clean": step.detach_clean, **options}
+            out = cktat_loss(*logits, 0.7, 5.3, backend="triton", **asked)
+            out = out[0] if isinstance(out, tuple) else out
+        gradients = torch.autograd.grad(out, wanted, torch.full_like(out, step.upstream)) if wanted else ()
+    return Done(traffic, logits, gradients)
+
+
+@EACH_STEP
+@EACH_SHAPE
+def test_moves(shape: tuple[int, int], step: Step) -> None:
+    traffic, logits, gradients = run(step, shape)
+    streamed = shape[1] > 4096
+    assert traffic.moves() / logits[0].numel() <= (step.chunks if streamed else step.rows)
+    stored = [2 if step is STEPS["another upstream"] else 1] * len(gradients)
+    for d, times_stored in zip(gradients, stored, strict=True):
+        assert (traffic.stored(d) == times_stored).all()
+        assert (traffic.loaded(d) == 0).all()
+    readings = (int(step.chunks if streamed else step.rows) - sum(stored)) // 3
+    for x in logits:
         assert (traffic.loaded(x) == readings).all()
         assert (traffic.stored(x) == 0).all()
-    for d in gradients:
-        assert (traffic.stored(d) == 1).all()
-        assert (traffic.loaded(d) == 0).all()
-    assert len(traffic.launches) == launches
     assert traffic.bytes_outside() == 0
+
+
+@EACH_SHAPE
+def test_labels_and_terms_cost_three_values_a_row(shape: tuple[int, int]) -> None:
+    """A label, two terms; streaming reads the label's logit once more, which costs less than a search."""
+    n, classes = shape
+    streamed = classes > 4096
+    alone = run(STEPS["training"], shape).traffic.moves()
+    y = 7 * torch.arange(n) % classes
+    both = run(STEPS["training"], shape, y=y, return_terms=True)
+    assert both.traffic.moves() - alone == (4 if streamed else 3) * n
+    assert (both.traffic.loaded(y) == 1).all()
+    labels = torch.zeros(shape, dtype=torch.bool).scatter(1, y[:, None], True).flatten().numpy()
+    _, adv, _ = both.logits
+    assert (both.traffic.loaded(adv)[~labels] == (2 if streamed else 1)).all()
+    assert run(STEPS["training"], shape, y=y).traffic.moves() - alone == (2 if streamed else 1) * n
+    assert run(STEPS["training"], shape, return_terms=True).traffic.moves() - alone == 2 * n
+    assert both.traffic.bytes_outside() == 0
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 10, 5003, 2**31 + 3, 2**62])
+@pytest.mark.parametrize("classes", [10, 5003])
+def test_a_label_that_is_no_class_reads_nobody_elses_memory(
+    classes: int, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong < classes and wrong > 0:
+        pytest.skip("is a class here")
+    monkeypatch.setattr("cktat_loss.checks._is_traced", lambda: True)  # as on a GPU, where no label is looked at
+    done = run(STEPS["training"], (3, classes), y=torch.tensor([0, wrong, classes - 1]))
+    assert done.traffic.bytes_outside() == 0
+    loaded = done.traffic.loaded(done.logits[1])
+    readings = 1 if classes <= 4096 else 2
+    labels = [0, 3 * classes - 1] if classes > 4096 else []
+    assert (np.flatnonzero(loaded != readings) == labels).all()
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 5003])
 def test_strides_are_read_where_they_lie(classes: int) -> None:
     """A slice of wider logits is neither copied nor read beyond its edges."""
-    inputs = [torch.randn(3, classes + 5)[:, 2:-3] for _ in range(3)]
-    with counting() as traffic:
-        kernels.loss_and_grads(*inputs, 5.3, 5.7, "mean")
-    for x in inputs:
+    traffic, logits, _ = run(STEPS["training"], (3, classes), slice(2, -3))
+    for x in logits:
         assert (traffic.loaded(x) == (1 if classes <= 4096 else 2)).all()
     assert traffic.bytes_outside() == 0
-
-
-@pytest.mark.parametrize("shape", [(5, 10), (2, 5003)], ids=str)
-def test_a_gradient_that_nobody_wants_is_not_made(shape: tuple[int, int]) -> None:
-    inputs = logits(*shape, torch.float32)
-    state = state_of(*inputs)
-    for need_clean in (True, False):
-        with counting() as traffic:
-            kernels.gradients(*inputs, 5.3, state, 1.0, 1.0, need_clean=need_clean, need_adv=not need_clean)
-        assert sum(map(len, traffic.stores)) == inputs[0].numel()
 
 
 def test_the_counter_sees_what_it_should() -> None:

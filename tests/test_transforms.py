@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from cktat_loss import reference
-from cktat_loss.functional import cktat_loss, cktat_loss_and_grads, cktat_terms
+from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
+from tests.forms import FLOAT64
 
 # torch's own, when it first loads its forward mode.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.script")
@@ -74,30 +75,26 @@ def test_vmap_over_beta_and_without_gradients() -> None:
         assert oracle.loss_error(actual[i], oracle.truth(*args, TAU, betas[i]).rows) <= 1e-11
 
 
-def test_vmap_of_loss_and_grads() -> None:
-    args = logits(6, 5, 10)
-    value, d_clean, d_adv = vmap(lambda c, a, t: cktat_loss_and_grads(c, a, t, TAU, BETA))(*args)
-    for i, one in enumerate(zip(*args, strict=True)):
-        true = oracle.truth(*one, TAU, BETA)
-        assert oracle.loss_error(value[i], true.rows.mean()) <= 1e-11
-        assert oracle.gradient_error(d_clean[i], true.d_clean / 5, true.unit_clean / 5) <= 1e-11
-        assert oracle.gradient_error(d_adv[i], true.d_adv / 5, true.unit_adv / 5) <= 1e-11
+def test_vmap_over_labels_and_with_terms() -> None:
+    args = logits(5, 10)
+    many = torch.arange(20).view(4, 5) % 10
+    actual, terms = vmap(lambda y: cktat_loss(*args, TAU, BETA, y=y, reduction="none", return_terms=True))(many)
+    for i in range(4):
+        true = oracle.truth(*args, TAU, BETA, many[i])
+        assert oracle.loss_error(actual[i], true.rows) <= 1e-11
+        assert oracle.loss_error(terms.guidance[i], true.guidance) <= 1e-11
+        assert oracle.loss_error(terms.consistency[i], true.consistency) <= 1e-11
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("mapped", [0, 1, 2])
-def test_vmap_of_loss_and_grads_over_one_of_the_logits(mapped: int, dtype: torch.dtype) -> None:
-    fixed = [x.to(dtype) for x in logits(5, 10)]
-    many = torch.randn(6, 5, 10, dtype=dtype)
-    in_dims = tuple(0 if i == mapped else None for i in range(3))
-    one = [*fixed[:mapped], many, *fixed[mapped + 1 :]]
-    value, d_clean, d_adv = vmap(lambda c, a, t: cktat_loss_and_grads(c, a, t, TAU, BETA), in_dims)(*one)
-    tolerance = oracle.TOLERANCES[dtype]
-    for i in range(6):
-        true = oracle.truth(*fixed[:mapped], many[i], *fixed[mapped + 1 :], TAU, BETA)
-        assert oracle.loss_error(value[i], true.rows.mean()) <= tolerance
-        assert oracle.gradient_error(d_clean[i], true.d_clean / 5, true.unit_clean / 5) <= tolerance
-        assert oracle.gradient_error(d_adv[i], true.d_adv / 5, true.unit_adv / 5) <= tolerance
+def test_no_gradient_flows_through_the_labels_weights_or_the_terms() -> None:
+    args, y = logits(5, 10), torch.arange(5)
+    true = oracle.truth(*args, TAU, BETA, y)
+    d_adv = grad(lambda a: cktat_loss(args[0], a, args[2], TAU, BETA, y=y))(args[1])
+    assert oracle.gradient_error(d_adv, true.d_adv / 5, true.unit_adv / 5) <= 1e-11
+    of_a_term = grad(lambda a: cktat_loss(args[0], a, args[2], TAU, BETA, return_terms=True)[1].guidance.sum())
+    assert (of_a_term(args[1]) == 0).all()
+    slope = jvp(lambda a: cktat_loss(args[0], a, args[2], TAU, BETA, y=y), (args[1],), (torch.ones_like(args[1]),))[1]
+    assert_close(slope, torch.from_numpy(true.d_adv).sum() / 5)
 
 
 def test_per_sample_gradients_by_jacrev() -> None:
@@ -131,7 +128,8 @@ def test_forward_mode(f: Callable[..., Tensor]) -> None:
     assert_close(jacfwd(f, argnums=1)(clean, adv, teacher), torch.from_numpy(true.d_adv) / 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32, torch.float16], ids=str)
 def test_many_upstream_gradients_at_once(dtype: torch.dtype) -> None:
     clean, adv, teacher = (x.to(dtype) for x in logits(5, 10))
     true = oracle.truth(clean, adv, teacher, TAU, BETA)
@@ -173,12 +171,14 @@ def test_dual_numbers_without_a_graph(dtype: torch.dtype) -> None:
         torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_dual_numbers_are_refused_or_right() -> None:
-    """Forward mode outside torch.func: never a silent zero."""
+def test_dual_numbers_with_a_graph() -> None:
+    """Forward mode outside torch.func, over what is differentiated backward too."""
     clean, adv, teacher = logits(5, 10)
     adv.requires_grad_()
-    tangent = torch.randn_like(adv)
+    true, tangent = oracle.truth(clean, adv, teacher, TAU, BETA), torch.randn_like(adv)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(adv, tangent)
-        with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-            loss(clean, dual, teacher)
+        value = loss(clean, torch.autograd.forward_ad.make_dual(adv, tangent), teacher)
+        slope = torch.autograd.forward_ad.unpack_dual(value).tangent
+    assert_close(slope, (torch.from_numpy(true.d_adv) * tangent).sum() / 5)
+    (d_adv,) = torch.autograd.grad(value, adv)
+    assert_close(d_adv, torch.from_numpy(true.d_adv) / 5)

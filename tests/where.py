@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cktat_loss import CKTATTerms, functional, kernels, ops
+from cktat_loss import CKTATTerms, autograd, functional, kernels
 from tests import forms, oracle
 
 
@@ -22,16 +22,17 @@ def to_triton(mode: str) -> None:
         patch_the_language_once()
         launch.rows_tile = many_rows_a_program(launch.rows_tile)
         oracle.LOST_TO_ROUNDING[torch.bfloat16] = 1.0
-        ops._to_triton = to_the_interpreter(ops._to_triton)
+        autograd._choose = to_the_interpreter(autograd._choose)
         return
-    for name in ("cktat_loss", "cktat_terms", "cktat_loss_and_grads"):
+    for name in ("cktat_loss", "cktat_terms"):
         setattr(functional, name, on_the_gpu(getattr(functional, name)))
 
 
-def to_the_interpreter(to_triton: Any) -> Any:
-    @functools.wraps(to_triton)
-    def whatever_it_supports(_: str, *logits: Tensor) -> bool:
-        return all(map(kernels.supports, logits)) and to_triton("triton", *logits)
+def to_the_interpreter(choose: Any) -> Any:
+    @functools.wraps(choose)
+    def whatever_it_supports(backend: str, *logits: Tensor) -> ModuleType:
+        can = backend == "auto" and not torch.compiler.is_compiling() and all(map(kernels.supports, logits))
+        return choose("triton" if can else backend, *logits)
 
     return whatever_it_supports
 
@@ -52,8 +53,8 @@ def many_rows_a_program(rows_tile: Any) -> Any:
     """64 at least, whatever the tile: the interpreter's time goes by the program. test_tiles.py has the true ones."""
 
     @functools.wraps(rows_tile)
-    def taller(classes: int, itemsizes: tuple[int, ...]) -> Any:
-        tile = rows_tile(classes, itemsizes)
+    def taller(*args: Any) -> Any:
+        tile = rows_tile(*args)
         return tile._replace(M=max(64, tile.M))
 
     return taller
@@ -66,13 +67,16 @@ def on_the_gpu(function: Any) -> Any:
     def moved(*args: Any, **options: Any) -> Any:
         if args[0].is_cuda:
             return function(*args, **options)
-        out = function(*map(to_gpu, args), **{name: to_gpu(value) for name, value in options.items()})
-        if isinstance(out, Tensor):
-            return out.cpu()
-        parts = (x if x is None else x.cpu() for x in out)
-        return type(out)(*parts) if isinstance(out, CKTATTerms) else tuple(parts)
+        return to_cpu(function(*map(to_gpu, args), **{name: to_gpu(value) for name, value in options.items()}))
 
     return moved
+
+
+def to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    parts = map(to_cpu, value)
+    return CKTATTerms(*parts) if isinstance(value, CKTATTerms) else tuple(parts)
 
 
 def to_gpu(value: Any) -> Any:
