@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -20,10 +20,12 @@ def cktat_loss(
     tau: float = 5.0,
     beta: float | Tensor = 6.0,
     *,
+    y: Tensor | None = None,
     reduction: Reduction = "mean",
     detach_clean: bool = False,
+    return_terms: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Any:
     r"""The CKTAT loss, Eq. 17 of arXiv 2504.00038, from logits.
 
     .. math:: L_i = KL(softmax(t_i / \tau) \| softmax(a_i)) + \beta \, KL(softmax(c_i) \| softmax(a_i))
@@ -72,7 +74,15 @@ def cktat_loss(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    return ops.cktat_loss(clean, adv_logits, teacher_logits.detach(), tau, beta, reduction, backend)
+    if y is not None:
+        from cktat_loss.schedules import adaptive_beta
+
+        beta = adaptive_beta(adv_logits, y, beta)
+    loss = ops.cktat_loss(clean, adv_logits, teacher_logits.detach(), tau, beta, reduction, backend)
+    if return_terms:
+        terms = ops.cktat_terms(clean.detach(), adv_logits.detach(), teacher_logits.detach(), tau, backend)
+        return loss, terms
+    return loss
 
 
 def cktat_terms(

@@ -69,6 +69,7 @@ class CKTATLoss(nn.Module):
         tau: float = 5.0,
         beta: float = 6.0,
         *,
+        adaptive: bool = False,
         reduction: Reduction = "mean",
         detach_clean: bool = False,
         copy_teacher: bool = True,
@@ -83,6 +84,8 @@ class CKTATLoss(nn.Module):
         checks.backend(backend)
         checks.flag("detach_clean", detach_clean)
         checks.flag("copy_teacher", copy_teacher)
+        checks.flag("adaptive", adaptive)
+        self.adaptive = adaptive
         self.reduction, self.backend, self.detach_clean = reduction, backend, detach_clean
         if teacher is not None and copy_teacher:
             teacher = _frozen_copy(teacher)
@@ -124,8 +127,10 @@ class CKTATLoss(nn.Module):
         x: Any = None,
         *,
         teacher_logits: Tensor | None = None,
+        y: Tensor | None = None,
         beta: float | Tensor | None = None,
-    ) -> Tensor:
+        return_terms: bool = False,
+    ) -> Any:
         """The loss of a batch.
 
         Args:
@@ -136,14 +141,18 @@ class CKTATLoss(nn.Module):
             beta: this call's beta, in place of the criterion's: a number, or a tensor of sample weights, 0-d or (N,),
                 for instance from :func:`cktat_loss.adaptive_beta`.
         """
+        if self.adaptive != (y is not None):
+            raise ValueError("y must be given with adaptive=True, and only then")
         return functional.cktat_loss(
             clean_logits,
             adv_logits,
             self._teacher_logits(x, teacher_logits),
             self._tau,
             self._beta if beta is None else beta,
+            y=y,
             reduction=self.reduction,
             detach_clean=self.detach_clean,
+            return_terms=return_terms,
             backend=self.backend,
         )
 
