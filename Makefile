@@ -54,7 +54,7 @@ lint: $(VENV)/.test  ## ruff and mypy --strict
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/.docs  ## the documentation as a site that needs no network: site/index.html
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 mutants: $(VENV)/.test  ## break the library in named ways, and see a named test fail for each
 	$(RUN) tests/mutations.py $(ARGS)

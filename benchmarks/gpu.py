@@ -64,7 +64,7 @@ def parts(out: Path, minutes: float) -> list[Part]:
 
 
 class Outcome(NamedTuple):
-    state: str  # "good", "failed", "stopped: ...", "left out: ..."
+    state: str  # good, failed, stopped or left out, and why
     seconds: float = 0.0
     printed: str = ""
 
@@ -93,16 +93,6 @@ def complaint() -> str:
     return ""
 
 
-def computes() -> bool:
-    """Whether the device does what it is told. A stand-in of a driver, made to time the host, does not."""
-    import torch
-
-    try:
-        return torch.arange(1000, device="cuda").sum().item() == 499_500
-    except RuntimeError:
-        return False
-
-
 def run(part: Part, minutes: float, end: float) -> Outcome:
     if absent := missing(part.needs):
         return Outcome(f"left out: {', '.join(absent)} is missing")
@@ -119,7 +109,8 @@ def run(part: Part, minutes: float, end: float) -> Outcome:
             start_new_session=True,
         )
         try:
-            state = "failed" if process.wait(seconds) else "good"
+            code = process.wait(seconds)
+            state = f"failed (exit status {code})" if code else "good"
         except subprocess.TimeoutExpired:
             state = f"stopped after {seconds:.0f} s"
         with_children_gone(process)
@@ -185,12 +176,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device, slug, out = torch.cuda.get_device_name(), machine.slug("cuda"), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    garbage = not computes()
+    garbage = not machine.computes()
     outcomes = {part: run(part, args.minutes, end) for part in parts(out, args.minutes)}
     text = report(device, outcomes, tables(out, slug, began), garbage)
     (out / f"{slug}.md").write_text(text)
     print(f"\n{text}\nsaved {out / slug}.md")
-    return int(garbage or any(one.state == "failed" for one in outcomes.values()))
+    return int(garbage or any(one.state.startswith("failed") for one in outcomes.values()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What MkDocs does besides for this project's site: pages from outside docs/, their links, and formulas without scripts.
+"""What this site needs beside MkDocs: pages from outside docs/, their links, and formulas without scripts.
 
-The pages are written to be read in the repository. So the README links to ``docs/study.md``, and a page to
-``../kernels``. Here each link is followed in the repository: to another page of the site or a file beside it, it becomes
-a link within the site; to source code, which the site does not have, only its text stays. A link to nothing stays as it
-is, for MkDocs to complain of.
+The pages are written to be read in the repository. So the README links to ``docs/study.md``, and a page of docs/ to
+``../kernels``. Here each link is followed in the repository. To another page, or to a file that the site has, it
+becomes a link within the site. To source code, which the site has not, only its text stays. A link to nothing is left
+alone, for MkDocs to complain of.
 """
 
 from __future__ import annotations

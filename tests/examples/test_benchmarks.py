@@ -1,4 +1,4 @@
-"""The benchmarks run, at a tiny size; what they count is right; and the README shows what their CSVs hold."""
+"""The benchmarks run, at a tiny size; what they count is right; and the pages show what their CSVs hold."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks import accuracy, contenders, loss, machine, tables
+from benchmarks import accuracy, contenders, loss, machine, markdown, tables
 from benchmarks.contenders import BETA, TAU, Contender
 from benchmarks.eager_cost import counted
 from benchmarks.memory import page_faults, peak_bytes
@@ -168,9 +168,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loss.main([*few, "--shapes", *SHAPES, "--minutes", "5"])
         accuracy.main([*few, "--rows", "6", "--classes", "7"])
     plots.main(["--results", str(folder)])
-    readme = folder / "README.md"
-    readme.write_text("".join(f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in tables.PARTS))
-    tables.main(["--results", str(folder), "--readme", str(readme)])
+    (folder / "docs").mkdir()
+    for page, parts in tables.PAGES.items():
+        (folder / page).write_text("".join(f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in parts))
+    tables.main(["--results", str(folder), "--root", str(folder)])
     return folder
 
 
@@ -290,16 +291,22 @@ def test_the_driver_runs_all_programs_and_says_what_failed(monkeypatch: pytest.M
 # The tables.
 
 
+def test_a_cell_may_hold_a_bar() -> None:
+    assert markdown.table(["a|b", "c"], [[1, "d"]]) == "| a\\|b | c |\n| --- | --- |\n| 1 | d |\n"
+
+
 def test_the_tables_are_what_the_csvs_give(results: Path) -> None:
-    readme = (results / "README.md").read_text()
-    assert readme == tables.updated(readme, results)
+    for page in tables.PAGES:
+        text = (results / page).read_text()
+        assert text == tables.updated(page, text, results)
     rows = machine.read(results / "loss-cpu.csv")
     report = (results / "loss-cpu.md").read_text()
     for row in tables.measured(rows):
         if row["contender"] == "ours":
             assert f"{float(row['times_faster_50']):.2f}x" in report
     assert "needs a GPU" in report
-    assert readme.count("128 × 10") == 3  # both kinds of logits, and the memory
+    assert (results / "docs/benchmarks.md").read_text().count("128 × 10") == 3  # both kinds of logits, and the memory
+    assert (results / "README.md").read_text().count("128 × 10") == 1
 
 
 def test_the_fastest_is_bold() -> None:
@@ -313,16 +320,20 @@ def test_the_fastest_is_bold() -> None:
 
 def test_a_table_without_its_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="no markers <!-- begin: loss -->"):
-        tables.replaced("text", "loss", "table")
+        markdown.replaced("text", "loss", "table")
     text = "a <!-- begin: loss --> old <!-- end: loss --> b"
-    once = tables.replaced(text, "loss", "| \\1 |\n")
+    once = markdown.replaced(text, "loss", "| \\1 |\n")
     assert once == "a <!-- begin: loss -->\n\n| \\1 |\n\n<!-- end: loss --> b"
-    assert tables.replaced(once, "loss", "| \\1 |\n") == once
+    assert markdown.replaced(once, "loss", "| \\1 |\n") == once
 
 
-def test_the_readme_shows_what_the_csvs_hold() -> None:
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_the_pages_show_what_the_csvs_hold(page: str) -> None:
     """No number in these tables is typed: `python -m benchmarks.tables` writes them."""
-    text = tables.README.read_text()
-    assert text == tables.updated(text, machine.RESULTS)
+    text = (machine.ROOT / page).read_text()
+    assert text == tables.updated(page, text, machine.RESULTS)
+
+
+def test_the_loss_report_shows_what_its_csv_holds() -> None:
     report = machine.RESULTS / "loss-cpu.md"
     assert report.read_text() == tables.loss_report(machine.read(report.with_suffix(".csv")))

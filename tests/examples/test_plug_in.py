@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from cktat_loss import CKTATLoss, warm_start
 from tests.examples_path import imported
 
-MIGRATION = Path(__file__).parents[1] / "docs" / "migrate_from_trades.md"
+MIGRATION = Path(__file__).parents[2] / "docs" / "migrate_from_trades.md"
 
 
 @pytest.fixture(scope="module")

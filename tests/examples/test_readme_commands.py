@@ -1,4 +1,4 @@
-"""The commands of README's "Training on CIFAR-10" run as they stand, but for the data and for their length."""
+"""The commands of examples/README.md for CIFAR-10 run as they stand, but for the data and for their length."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ pytest.importorskip("pyautoattack")
 pytest.importorskip("torchvision")
 pytest.importorskip("tqdm")
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "examples" / "README.md"
 FEW = ["--epochs", "1", "--train-samples", "2", "--validation", "2", "--batch-size", "2", "--workers", "0"]
 AUTOATTACK = ["--samples", "1", "--attacks", "autoattack"]
 # Appended, so that it has the last word. A CPU takes minutes for a step of WRN-34-10 in bf16.

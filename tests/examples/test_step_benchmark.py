@@ -15,7 +15,7 @@ from tests.examples_path import imported
 
 pytest.importorskip("torchvision")
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "step.py"
+FILE = Path(__file__).parents[2] / "benchmarks" / "step.py"
 TINY = ["--arch", "wrn-10-1", "--batch", "4", "--size", "8", "--steps", "2", "--rounds", "2", "--threads", "1"]
 
 
@@ -30,8 +30,8 @@ def benchmark():
 
 @pytest.fixture
 def bench(benchmark):
-    cpu = torch.device("cpu")
-    return benchmark.Bench("wrn-10-1", batch=4, size=8, steps=3, clock=benchmark.Clock(cpu), device=cpu)
+    clock = benchmark.Phases("cpu", time.perf_counter)
+    return benchmark.Bench("wrn-10-1", batch=4, size=8, steps=3, clock=clock, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_table_and_the_csv(benchmark, tmp_path, capsys):
     for ratio in ("teacher / one forward", "CKTAT step / a TRADES step", "CKTAT step / a lean TRADES step"):
         assert ratio in printed
     assert "TRADES' code, which repeats the clean forward in every step of its attack" in printed
-    assert "clock CPU time, threads 1" in printed
+    assert "clock CPU time" in printed
     rows = [*csv.DictReader(out.read_text().splitlines())]
     assert {row["phase"] for row in rows if row["contender"] == "CKTAT"} == {"step", "attack", "teacher", "student"}
     assert {row["phase"] for row in rows if row["contender"] == "TRADES"} == {"step", "attack", "student"}
@@ -83,7 +83,7 @@ def test_the_table_and_the_csv(benchmark, tmp_path, capsys):
 
 def test_one_thread_is_timed_by_its_own_time_and_several_by_the_clock_on_the_wall(benchmark, tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(benchmark, "Clock", lambda device, now: used.append(now))
+    monkeypatch.setattr(benchmark, "Phases", lambda device, now: used.append(now))
     monkeypatch.setattr(benchmark, "measure", lambda bench, rounds: sys.exit())
     for threads in ("2", "1"):
         with pytest.raises(SystemExit):
@@ -145,14 +145,10 @@ def test_ratios_are_taken_round_by_round(benchmark):
     assert ratios == {"step": (2, 2), "attack": (1, 1), "teacher": (0.5, 0.5), "student": (0.5, 0.5)}
 
 
-def test_quantiles(benchmark):
-    assert benchmark.quantiles([5, 1, 4, 2, 3, 6], "s") == {"s_20": 2, "s_50": 3, "s_80": 5}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rounds", "0"], "argument --rounds: got '0', wanted a whole number in [1, 1000000]"),
+        (["--rounds", "0"], "argument --rounds: got '0', wanted a whole number above 0"),
         (["--arch", "vgg"], "arch must be one of"),
     ],
 )
