@@ -26,8 +26,8 @@ study: $(VENV)/.study  ## the methods compared on digits, in ten minutes (ARGS=-
 
 test-fast: lint test-library  ## lint, types and the tests of the library
 
-test: $(VENV)/.test-all  ## all that CI checks: lint, every test, and those of the loss again on the Triton kernels
-	$(MAKE) lint
+test: $(VENV)/.test-all  ## all that CI checks: lint, docs, every test, and those of the loss again on the Triton kernels
+	$(MAKE) lint docs
 	$(MAKE) --jobs=2 --output-sync=target test-torch test-triton
 
 test-library: $(VENV)/.test
