@@ -24,7 +24,8 @@ demo: $(VENV)/.examples  ## train, attack and draw on real digits: out/quickstar
 study: $(VENV)/.study  ## the methods compared on digits, in ten minutes (ARGS=--full: all of docs/study.md, hours)
 	$(RUN) examples/study.py $(ARGS)
 
-test-fast: lint test-library  ## lint, types and the tests of the library
+test-fast: $(VENV)/.test  ## lint, types and the tests of the library
+	$(MAKE) --jobs=2 --output-sync=target lint test-library
 
 test: $(VENV)/.test-all  ## all that CI checks: lint, docs, every test, and those of the loss again on the Triton kernels
 	$(MAKE) lint docs

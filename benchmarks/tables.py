@@ -99,7 +99,7 @@ def memory_table(rows: Sequence[Row]) -> str:
         calls = [here[s]["launches"] or "-" if s in here else "-" for s in shapes]
         lines.append([name, " / ".join(peaks), calls[0] if len({*calls}) == 1 else " / ".join(calls)])
     of = " / ".join(f"{n} × {classes}" for n, classes in shapes)
-    return markdown.table([of, "peak memory, elements a logit position", "launches"], lines)
+    return markdown.table([of, "peak memory, elements per logit position", "launches"], lines)
 
 
 def one_decimal(text: str) -> str:
@@ -147,15 +147,15 @@ def loss_report(rows: Sequence[Row], title: str = "#") -> str:
         here = [row for row in rows if row["dtype"] == dtype and row["pass"] == pass_]
         parts.append(f"{title}# {dtype}, {pass_}\n\nTimes faster than the usual expression: medians (20 - 80 %).\n")
         parts.append(ratio_table(here, spread=True))
-        parts.append("Speed of a copy that moves as many bytes as the fewest moves do, reached:\n")
+        parts.append("Share reached of the speed of a copy that moves as few bytes as any implementation must:\n")
         parts.append(value_table(here, "of_copy_speed", percent))
     for dtype, pass_ in distinct(measured(rows), "dtype", "pass"):
         here = [row for row in rows if row["dtype"] == dtype and row["pass"] == pass_]
-        parts.append(f"{title}# {dtype}, {pass_}: peak memory in elements a logit position\n")
+        parts.append(f"{title}# {dtype}, {pass_}: peak memory in elements per logit position\n")
         parts.append(value_table(here, "peak_elements", one_decimal))
         parts.append(f"{title}# {dtype}, {pass_}: launches\n")
         parts.append(value_table(here, "launches", str))
-        parts.append(f"{title}# {dtype}, {pass_}: page faults of a call\n")
+        parts.append(f"{title}# {dtype}, {pass_}: page faults of one call\n")
         parts.append(value_table(here, "page_faults", str))
     noted = [row for row in rows if row["note"]]
     if noted:
