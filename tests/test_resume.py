@@ -13,6 +13,7 @@ from tests.examples_path import EXAMPLES, imported
 pytest.importorskip("sklearn")
 v2 = pytest.importorskip("torchvision.transforms.v2")
 pytest.importorskip("tqdm")
+pytest.importorskip("tyro")
 
 STEPS = 4  # an epoch
 DIGITS = "--dataset digits --validation 40 --train-samples 66 --batch-size 16".split()
