@@ -1,6 +1,7 @@
 """A run that was killed and resumed ends with the very weights of one that never was; its files are always whole."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +17,11 @@ pytest.importorskip("tqdm")
 pytest.importorskip("tyro")
 
 STEPS = 4  # an epoch
-DIGITS = "--dataset digits --validation 40 --train-samples 66 --batch-size 16".split()
+DIGITS = shlex.split("--dataset digits --validation 40 --train-samples 66 --batch-size 16")
 CLEAN = ["--method", "clean", *DIGITS]
 # Whatever has a state: augmentation, workers, the moving average, loss scaling, every schedule.
-OPTIONS = [*DIGITS, *"--epochs 2 --steps 1 --eps 0.1 --apgd-check 0 --workers 2 --ema 0.9 --amp fp16".split()]
-OPTIONS += "--awp 0.01 --schedule cosine --eps-ramp 0.5 --beta-ramp 0.5".split()
+OPTIONS = [*DIGITS, *shlex.split("--epochs 2 --steps 1 --eps 0.1 --apgd-check 0 --workers 2 --ema 0.9 --amp fp16")]
+OPTIONS += shlex.split("--awp 0.01 --schedule cosine --eps-ramp 0.5 --beta-ramp 0.5")
 
 
 def crop_digits(train):

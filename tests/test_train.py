@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -20,7 +21,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("tqdm")
 pytest.importorskip("tyro")
 
-DIGITS = "--dataset digits --validation 40 --train-samples 96 --batch-size 32".split()
+DIGITS = shlex.split("--dataset digits --validation 40 --train-samples 96 --batch-size 32")
 CLEAN = ["--method", "clean", *DIGITS]
 SHORT = ["--epochs", "1", "--steps", "1", "--eps", "0.1", "--apgd-check", "0"]
 FULL = {"epoch", "lr", "loss", "clean_accuracy", "most_predicted_share", "train_seconds", "validation_seconds"}
@@ -150,7 +151,7 @@ def test_a_teacher_of_another_split_is_refused(examples, teacher, tmp_path, caps
 
 
 def test_fake_data_and_a_wide_resnet_go_through_both_phases(examples, tmp_path):
-    small = "--dataset fake --arch wrn-10-1 --train-samples 16 --batch-size 8 --epochs 1 --validation 8".split()
+    small = shlex.split("--dataset fake --arch wrn-10-1 --train-samples 16 --batch-size 8 --epochs 1 --validation 8")
     assert examples.train.main(["--method", "clean", *small, "--out", str(tmp_path / "t")]) == 0
     student = [*small, "--out", str(tmp_path / "s"), "--steps", "1", "--apgd-check", "4"]
     assert examples.train.main([*student, "--teacher", str(tmp_path / "t")]) == 0
@@ -252,6 +253,17 @@ def test_two_forwards_are_two_and_otherwise_there_is_one(train):
     one, two = (train("--no-warm-start", *options)[0] for options in ([], ["--two-forwards"]))
     name = "net.0.1.num_batches_tracked"
     assert two["model"][name] == 2 * one["model"][name] == 6
+
+
+@pytest.mark.parametrize("method", ["cktat", "trades", "pgd-at"])
+def test_awp_raises_the_loss_and_leaves_weights_averages_and_statistics_as_they_would_be(train, method):
+    still = ["--method", method, "--lr", "1e-30", "--ema", "0.5"]
+    (plain, (usual,)), (state, (row,)) = train(*still), train(*still, "--awp", "0.02")
+    assert row["loss"] > usual["loss"]
+    for part in ("model", "ema"):
+        for name, value in plain[part].items():
+            if "running" not in name:  # these have seen the perturbed network, but no more often
+                assert torch.equal(value, state[part][name]), name
 
 
 def test_ramps_raise_eps_and_beta_from_almost_nothing(attacks, train):
@@ -506,7 +518,7 @@ def test_help_explains_every_option_with_its_default(examples, capsys, monkeypat
     with pytest.raises(SystemExit) as exit_:
         examples.train.main(["--help"])
     text = capsys.readouterr().out
-    entries = re.split(r"\n\W*(?=--\w)", text)[1:]
+    entries = re.split(r"\n\W{0,3}(?=--\w)", text)[1:]
     assert exit_.value.code == 0
     assert len(entries) == len(vars(examples.train.Config()))
     for entry in entries:

@@ -1,6 +1,7 @@
 """Two processes, each with half of every batch, train the model that one process trains, and resume like one."""
 
 import os
+import shlex
 import signal
 import socket
 import time
@@ -22,8 +23,8 @@ pytest.importorskip("tyro")
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
 WORLD = 2
-DATA = "--dataset digits --validation 40 --train-samples 72 --batch-size 16".split()
-OPTIONS = [*DATA, *"--epochs 2 --eps 0.1 --steps 2 --apgd-check 0 --ema 0.5 --awp 0.05".split()]
+DATA = shlex.split("--dataset digits --validation 40 --train-samples 72 --batch-size 16")
+OPTIONS = [*DATA, *shlex.split("--epochs 2 --eps 0.1 --steps 2 --apgd-check 0 --ema 0.5 --awp 0.05")]
 BATCHNORM = ["--arch", "digits", "--method", "trades", "--two-forwards"]  # two train-mode forwards before a backward
 
 
