@@ -13,7 +13,7 @@ import torch
 
 from tests.examples_path import imported
 
-pytest.importorskip("torchvision")
+pytest.importorskip("tyro")
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "step.py"
 TINY = ["--arch", "wrn-10-1", "--batch", "4", "--size", "8", "--steps", "2", "--rounds", "2", "--threads", "1"]
