@@ -1,23 +1,29 @@
-"""What a run needs around its loop: processes, files written in one move, randomness, SIGTERM, a clock, the log, options."""
+"""What a run needs around its loop: processes, files, randomness, SIGTERM, a clock, the log, the command line."""
 
 import csv
 import io
+import json
+import math
 import os
 import random
 import signal
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from tyro.conf import arg
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 from tyro.constructors import PrimitiveConstructorSpec
+
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -55,6 +61,11 @@ class Ranks:
         values = [None] * self.world if self.rank == 0 else None
         dist.gather_object(value, values)
         return values or []
+
+    def say(self, text: str) -> None:
+        """Print in process 0."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     @contextmanager
     def in_turns(self) -> Iterator[None]:
@@ -247,7 +258,8 @@ class Clock:
 # The log.
 
 # Percentiles, over the validation images, of the label's probability under attack: adaptive weights over beta.
-LABEL_PROBABILITY = tuple(f"label_probability_p{percent:02d}" for percent in (5, 25, 50, 75, 95))
+QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.95)
+LABEL_PROBABILITY = tuple(f"label_probability_p{100 * share:02.0f}" for share in QUANTILES)
 
 # One line an epoch. lr, eps and beta are those of its last step; the terms are means over its steps, before beta;
 # accuracies and shares are of the validation images, in [0, 1]. Empty: does not apply.
@@ -279,36 +291,97 @@ def read_log(path: Path) -> list[Row]:
         return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-# Options, for tyro.
+# The command line, by tyro. What that does not have is here: ranges, switches of three states, one dataclass whose
+# options stand in several parts of --help, and options from a file.
 
 
 def number(
-    kind: Callable[[str], float], low: float, high: float, *, above: bool = False
+    kind: Callable[[str], float], low: float, high: float, *, above: bool = False, several: bool = False
 ) -> PrimitiveConstructorSpec[Any]:
-    """For a field's type: Annotated[float, number(float, 0, 1)] is in [0, 1], or in (0, 1] with `above`."""
+    """For a field's type: Annotated[float, number(float, 0, 1)] is in [0, 1], or in (0, 1] with `above`.
+
+    With `several`, a tuple of such numbers, separated by commas.
+    """
     wanted = f"{'(' if above else '['}{low:.10g}, {high:.10g}]"
 
-    def read(words: list[str]) -> float:
+    def read(text: str) -> float:
         try:
-            value = kind(words[0])
+            value = kind(text)
         except ValueError:
-            value = float("nan")
+            value = math.nan
         if not low <= value <= high or (above and value == low):
-            raise ValueError(f"got {words[0]!r}, wanted a {'whole ' if kind is int else ''}number in {wanted}")
+            raise ValueError(f"got {text!r}, wanted a {'whole ' if kind is int else ''}number in {wanted}")
         return value
 
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=wanted,
-        instance_from_str=read,
-        is_instance=lambda value: value is None or isinstance(value, int | float),
-        str_from_instance=lambda value: ["none" if value is None else f"{value:g}"],
+        metavar="N,N,..." if several else wanted,
+        instance_from_str=lambda words: tuple(map(read, words[0].split(","))) if several else read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [f"{value:g}" if isinstance(value, float) else str(value)],
     )
 
 
-def default(text: str) -> Any:
+# For a field's type: --option, --no-option (its alias), or neither, which is None.
+EITHER = PrimitiveConstructorSpec[bool | None](
+    nargs=(0, 1),
+    metavar="",
+    instance_from_str=lambda words: words != ["no"],
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+def default(text: str, **more: Any) -> Any:
     """For a field's type: what --help says of a default that takes more words than its value."""
-    return arg(help_behavior_hint=f"(default: {text})")
+    return arg(help_behavior_hint=f"(default: {text})", **more)
+
+
+def parse(options: type[T], argv: Sequence[str], *, about: str | None) -> T:
+    """A dataclass from a command line. Its bases have the fields, and each is a part of --help.
+
+    A field `config` names a JSON file of options, which those of the command line come after.
+
+    Raises:
+        UserError: there is no such file. Other mistakes are told, and end the process with code 2.
+    """
+    together = make_dataclass(
+        "Parts",
+        [
+            (kind.__name__.removesuffix("Options").lower(), OmitArgPrefixes[kind], field(default_factory=kind))
+            for kind in options.__bases__
+        ],
+    )
+
+    def read(words: Sequence[str]) -> T:
+        given = [part for word in words for part in _negated(word, options)]
+        found = tyro.cli(together, args=given, description=about, config=(FlagCreatePairsOff,))
+        return options(**{name: value for part in vars(found).values() for name, value in vars(part).items()})
+
+    found = read(argv)
+    return found if found.config is None else read([*_from_file(found.config, options), *argv])
+
+
+def _negated(word: str, options: type) -> tuple[str, ...]:
+    """--no-option of EITHER is an alias of --option, which takes a value that says so."""
+    opposite = word.removeprefix("--no-").replace("-", "_")
+    return (word, "no") if word.startswith("--no-") and getattr(options, opposite, False) is None else (word,)
+
+
+def _from_file(path: Path, options: type) -> list[str]:
+    """The command line that a JSON file stands for."""
+    try:
+        content = json.loads(path.read_text()).items()
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--config: {path} is not a JSON file of options ({error})") from None
+    words: list[str] = []
+    for name, value in content:
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):  # a switch is off anyway
+            words += [f"--{flag}"] if value else [f"--no-{flag}"] if getattr(options, name, False) is None else []
+        elif value is not None:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return words
 
 
 def device_of(text: str) -> torch.device:
