@@ -268,8 +268,8 @@ def call(module: str, function: str) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module), function)()
     except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__} in {place.filename}, line {place.lineno}: {error}"
+        place, text = traceback.extract_tb(error.__traceback__)[-1], str(error).partition("\n")[0]
+        reason = f"{type(error).__name__} in {place.filename}, line {place.lineno}: {text}"
         raise UserError(f"CHECKPOINT: {function}() of {module} does not return a model ({reason})") from error
     finally:
         for name, its_module in ours.items():

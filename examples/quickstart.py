@@ -221,7 +221,7 @@ def draw(title: str, curves: list[Epoch], teacher: nn.Module, student: nn.Module
         places[0].text(-0.2, 0.5, name, transform=places[0].transAxes, ha="right", va="center", color=INK)
         for axes in places:
             axes.set_axis_off()
-        for axes, image in zip(places, images.cpu(), strict=False):
+        for axes, image in zip(places, images.cpu().numpy(), strict=False):
             axes.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
         for place, (model, network) in captions.items():
             for axes, seen, label in zip(places, network(images).argmax(1).tolist(), y.tolist(), strict=False):
