@@ -34,7 +34,7 @@ from runtime import load as load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 STANDARD = "clean,pgd20,pgd100,cw,autoattack"
 ATTACKS = (*STANDARD.split(","), "apgd")  # the last: AutoAttack's first two alone, at a tenth of the price
@@ -329,9 +329,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Options, prog="evaluate.py", description=__doc__, args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    options = tyro.cli(Options, description=__doc__, args=argv, config=(FlagCreatePairsOff,))
     try:
         run(options)
     except (UserError, MissingData, ValueError, OSError) as error:
