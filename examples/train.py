@@ -73,7 +73,8 @@ class DataOptions:
 
 @dataclass
 class MethodOptions:
-    """Each ablation of the paper is a switch. A term that is left out of the loss is logged still."""
+    """Eq. 17 to the letter can collapse to a constant prediction: adaptive is our remedy. Each ablation of the paper is a
+    switch; a term that is left out of the loss is logged still."""
 
     method: Literal["clean", "cktat", "trades", "pgd-at"] = "cktat"
     """clean trains a teacher, cktat its student; trades (Zhang et al. 2019) and pgd-at (Madry et al. 2018) compare"""
@@ -82,8 +83,7 @@ class MethodOptions:
     arch: Annotated[str | None, default("the teacher's; or digits for digits and mnist5k, else resnet18")] = None
     """resnet18, preact-resnet18, wrn-34-10, wrn-DEPTH-WIDTH, digits, digits-WIDTH, torchvision:NAME or timm:NAME"""
     recipe: Annotated[Literal["adaptive", "literal"] | None, default("adaptive")] = None
-    """adaptive, our remedy: --tau 2 --beta 6 --detach-clean --adaptive-beta; literal, Eq. 17 of the paper, which can
-collapse to a constant prediction: --tau 5 --beta 6 --no-detach-clean --no-adaptive-beta"""
+    """adaptive, ours: --tau 2 --beta 6 --detach-clean --adaptive-beta; literal, Eq. 17: --tau 5 --beta 6 and neither"""
     tau: Annotated[float | None, number(float, 0.01, 100), default("the recipe's")] = None
     """temperature, softens the teacher"""
     beta: Annotated[float | None, number(float, 0, 1000), default("the recipe's; trades 6")] = None
