@@ -36,6 +36,8 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+import cktat_loss
+
 STANDARD = "clean,pgd20,pgd100,cw,autoattack"
 ATTACKS = (*STANDARD.split(","), "apgd")  # the last: AutoAttack's first two alone, at a tenth of the price
 CW_STEPS = 30
@@ -320,10 +322,14 @@ def run(options: Options) -> None:
     settings = {"norm": options.norm, "eps": eps, "batch": options.batch, "seed": options.seed, "device": device}
     evaluation = Evaluation(model, images, **settings, workers=options.workers)
     budget = Budget(options.apgd_steps, options.apgd_targets, options.fab_steps, options.square_queries)
-    findings = evaluation.run(attacks, budget)
-    versions = {package: version(package) for package in ("torch", "pyautoattack", "cktat-loss")}
     facts = {"model": options.model, "dataset": name, "images": len(images), **settings, "device": str(device)}
-    facts["versions"] = {"Python": platform.python_version(), **versions}
+    facts["versions"] = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyautoattack": version("pyautoattack"),
+        "cktat-loss": cktat_loss.__version__,
+    }
+    findings = evaluation.run(attacks, budget)
     print(markdown(evaluation.rows, findings, facts))
     print("saved", *save(folder, evaluation.rows, findings, facts))
 
