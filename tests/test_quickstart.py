@@ -69,7 +69,7 @@ def test_each_epoch_shows_both_loss_terms_and_nothing_redraws_into_a_pipe(finish
     _, _, output, errors = finished[0]
     assert re.search(r"^teacher: epoch 1/1: loss \d", output, re.MULTILINE)
     assert re.search(r"^student: epoch 1/1: guidance \d.*, consistency \d.*, clean \d.*PGD \d", output, re.MULTILINE)
-    assert "\r" not in output + errors
+    assert "%|" not in output + errors  # a progress bar
 
 
 def test_the_picture_is_a_png_and_the_only_file(finished):
