@@ -544,7 +544,7 @@ def test_help_explains_every_option_with_its_default(examples, capsys, monkeypat
         (["--method", "trades", "--no-warm-start"], "--no-warm-start: needs --teacher"),
         (["--method", "pgd-at", "--schedule", "cosine", "--lr-drops", "1"], "--lr-drops: is for --schedule piecewise"),
         (["--method", "pgd-at", "--eps", "8"], "got 8: pixels are in [0, 1], so write 8/255"),
-        (["--method", "pgd-at", "--step-size", "2"], "--step-size must be in [0, 1] for norm linf, got 2"),
+        (["--method", "pgd-at", "--step-size", "2"], "--step-size: step_size must be in [0, 1] for norm linf, got 2"),
         (["--method", "pgd-at", "--eps", "1e400"], "Error parsing --eps: got '1e400', wanted a number in (0, 100]"),
         (["--config", "nowhere.json"], "--config: nowhere.json is not a JSON file of options"),
         (
