@@ -8,10 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
-from quickstart_extras import INK, MUTED
 
 
-def beside_points(figure: Figure) -> None:
+def beside_points(figure: Figure, ink: str, line: str) -> None:
     """Every errorbar's label beside its point, inside its panel and on nothing else, where that can be."""
     figure.draw_without_rendering()  # lays the panels out; the labels are placed in the final ones
     figure.set_layout_engine("none")
@@ -24,8 +23,8 @@ def beside_points(figure: Figure) -> None:
         taken += [Bbox([axes.transData.transform(point)] * 2).padded(6) for point in points]
         for bar, point in zip(bars, points, strict=True):
             label = axes.annotate(
-                str(bar.get_label()), point, (0, 0), textcoords="offset points", size=9, color=INK,
-                ha="center", va="center", arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkB": 4},
+                str(bar.get_label()), point, (0, 0), textcoords="offset points", size=9, color=ink,
+                ha="center", va="center", arrowprops={"arrowstyle": "-", "color": line, "lw": 0.6, "shrinkB": 4},
             )  # fmt: skip
             size, (x, y) = label.get_window_extent(renderer), axes.transData.transform(point)
             centered = Bbox.from_bounds(x - size.width / 2, y - size.height / 2, size.width, size.height)

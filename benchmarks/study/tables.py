@@ -1,0 +1,231 @@
+"""The study's tables in Markdown, so that no number in the documentation is typed. A table of nothing is ""."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+
+from benchmarks.study import grid
+from benchmarks.study.cells import (
+    counts, difference, level, markdown, mean_of, measured, named, percent, radius, signed,
+)  # fmt: skip
+from benchmarks.study.claims import MEASURES, Claim, measures
+from benchmarks.study.paired import interval, paired_differences
+from benchmarks.study.records import by_method, select
+
+BASELINE = "pgd-at"
+SHOWN = (*grid.MAIN, *grid.CONTROLS)  # by the main tables, in this order
+
+
+def methods_table(records: pd.DataFrame) -> str:
+    """A line a method: what it is, its options of the training command, and what the study changes beside.
+
+    Without the points of the sweeps and of the search: their tables say what they are.
+    """
+    elsewhere = {*grid.TAU_SWEEP, *grid.BETA_SWEEP, *grid.SEARCH} - {*SHOWN, *grid.ABLATION}
+    lines = []
+    for name in by_method(records, (name for name in grid.METHODS if name not in elsewhere)):
+        method = grid.METHODS[name]
+        changes = [f"`{field} = {value!r}`" for field, value in method.change.items()]
+        options = [f"`{method.options}`"] if method.options else []
+        lines.append([name, method.about, ", ".join(options + changes) or "-"])
+    return markdown(["method", "what it is", "options"], lines)
+
+
+def main_table(records: pd.DataFrame, dataset: str, eps: float, arch: str | None = None) -> str:
+    """A line a method: accuracies on the validation images, then the signs of gradient masking."""
+    lines = []
+    for method, runs in by_method(select(records, dataset, eps, arch), SHOWN).items():
+        gaps = [mean_of(100 * (runs[name] - runs["apgd"])) for name in ("pgd20", "cw30", "transfer")]
+        zero = f"{100 * runs['zero_gradients'].mean():.1f}"
+        lines.append([*_accuracies(method, runs, ("natural", "pgd20", "apgd")), *gaps, zero, len(runs)])
+    head = ["method", "natural", "PGD-20", "APGD", "PGD-20 − APGD", "CW-30 − APGD", "transfer − APGD"]
+    return markdown([*head, "zero gradients, %", "seeds"], lines)
+
+
+def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: str = BASELINE) -> str:
+    """A line a method but the clean teacher: natural and APGD less those of `against`, seed by seed.
+
+    The intervals are corrected for how many the table shows. Bold: leaves out 0.
+    """
+    found = select(records, dataset, eps)
+    groups = by_method(found, (method for method in SHOWN if method not in ("clean", against)))
+    pairs = {
+        method: [paired_differences(found, method, against, measure) for measure in ("natural", "apgd")]
+        for method in groups
+    }
+    pairs = {method: both for method, both in pairs.items() if len(both[0])}
+    shown = sum(len(differences) > 1 for both in pairs.values() for differences in both)
+    lines = [
+        [named(method, groups[method]), *(difference(interval(of, max(1, shown))) for of in both), len(both[0])]
+        for method, both in pairs.items()
+    ]
+    return markdown(["method", f"natural − {against}", f"APGD − {against}", "pairs"], lines) + level(shown)
+
+
+def search_table(records: pd.DataFrame, dataset: str) -> str:
+    """A line a change that the search for a recipe tried, at the data set's first radius, and what came of it.
+
+    The differences are from the method that was changed, seed by seed; without intervals, for which a search has too
+    few seeds: it chooses what to look at, and shows nothing.
+    """
+    found, lines = select(records, dataset), []
+    for method, runs in by_method(found, grid.SEARCH).items():
+        base = grid.BASES[method]
+        changes = [mean_of(paired_differences(found, method, base, measure)) for measure in ("natural", "apgd")]
+        name, *accuracies = _accuracies(method, runs, ("natural", "apgd"))
+        gap = mean_of(100 * (runs["pgd20"] - runs["apgd"]))
+        lines.append([name, grid.METHODS[method].about, *accuracies, base, *changes, gap, len(runs)])
+    head = ["method", "what it is", "natural", "APGD", "less", "natural", "APGD", "PGD-20 − APGD", "seeds"]
+    return markdown(head, lines)
+
+
+def ablation_table(records: pd.DataFrame, dataset: str = "digits") -> str:
+    """The paper's Table 3a: the recipe with a part less each."""
+    return _list(records, dataset, {method: method for method in grid.ABLATION}, "method", about=True)
+
+
+def sweep_table(records: pd.DataFrame, name: str, sweep: Mapping[str, int], dataset: str = "digits") -> str:
+    """The paper's Tables 3b and 3c: a line a temperature of the teacher, or a weight of the consistency."""
+    return _list(records, dataset, sweep, name)
+
+
+def capacity_table(records: pd.DataFrame, dataset: str) -> str:
+    """The paper's Table 1: natural / APGD, a line a method that was run at two widths or more, a column a width."""
+    methods = dict.fromkeys((*grid.CAPACITY, *grid.LARGER))
+    found = [by_method(select(records, dataset, arch=arch), methods) for arch in grid.WIDTHS]
+    lines = []
+    for method in methods:
+        cells = [groups.get(method, records[:0]) for groups in found]
+        if sum(len(runs) > 0 for runs in cells) > 1:
+            both = [named(f"{percent(runs['natural'])} / {percent(runs['apgd'])}", runs) for runs in cells]
+            lines.append([method, *(text if text != "- / -" else "-" for text in both), counts(cells)])
+    widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
+    return markdown(["method", *widths, "seeds"], lines)
+
+
+def test_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
+    """A line a method whose test images were read."""
+    found = select(records, dataset, eps).dropna(subset=["test_natural"])
+    groups = by_method(found, (*SHOWN, *found["method"]))  # a claim can be about any method
+    lines = [[*_accuracies(method, runs, MEASURES), len(runs)] for method, runs in groups.items()]
+    return markdown(["method", *(measured(name, found) for name in MEASURES), "seeds"], lines)
+
+
+def claims_table(records: pd.DataFrame, claims: Sequence[Claim], comparisons: int) -> str:
+    """A line a claim, once one of them can be judged.
+
+    A claim holds where the whole interval is above 0, and is refuted where all of it is below.
+
+    Args:
+        comparisons: claims that the intervals are corrected for, earlier rounds included.
+    """
+    lines, judged = [], False
+    for claim in claims:
+        found = select(records, claim.dataset, claim.eps)
+        found = found[found["seed"].isin(claim.seeds) & found["method"].isin([claim.better, claim.worse])]
+        differences = paired_differences(found, claim.better, claim.worse, claim.measure)
+        where = f"{claim.dataset}, eps {radius(claim.eps)}"
+        line = [where, f"{claim.better} > {claim.worse}", measured(claim.measure, found)]
+        if len(differences) < len(claim.seeds):
+            lines.append([*line, "-", "-", f"{len(differences)} of {len(claim.seeds)}"])
+            continue
+        judged, result = True, interval(differences, comparisons)
+        verdict = "yes" if result.low > 0 else "no" if result.high < 0 else "not shown"
+        lines.append([*line, difference(result), verdict, len(differences)])
+    table = markdown(["where", "claim", "of", "difference", "holds", "pairs"], lines if judged else [])
+    return table and table + level(comparisons)
+
+
+def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
+    """For the README: the main methods and those that a claim is about, at each data set's first radius.
+
+    Natural accuracy and APGD on the validation images, and what the claims are of on the test images.
+    """
+    methods = [*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]
+    found = {name: runs for name in grid.SETTINGS if len(runs := select(records, name))}
+    groups = {dataset: by_method(runs, methods) for dataset, runs in found.items()}
+    columns, head = [], []
+    for dataset, runs in found.items():
+        read = [name for name in measures(dataset, claims) if runs[name].notna().any()]
+        for name in ("natural", "apgd", *read):
+            columns.append((dataset, name))
+            head.append(f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}, {measured(name, runs)}")
+    lines = []
+    for method in dict.fromkeys(methods):
+        cells = {dataset: of.get(method, records[:0]) for dataset, of in groups.items()}
+        if any(len(runs) for runs in cells.values()):
+            texts = [
+                named(text, cells[dataset]) if name == "natural" else text
+                for dataset, name in columns
+                for text in [percent(cells[dataset][name])]
+            ]
+            lines.append([method, *texts, counts(cells.values())])
+    return markdown(["accuracy in %", *head, "seeds"], lines)
+
+
+def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, name: str) -> str:
+    """Whether runs give the numbers of the same runs in another table: the mean differences, a line a method.
+
+    Another processor, another release of torch or of the training loop rounds differently, and training makes another
+    network of that: the differences should be chance, and none bold. Runs are the same if method, network, seed,
+    epochs and split are.
+
+    Args:
+        name: of the other table, for the head.
+    """
+    key = ["method", "arch", "seed", "epochs", "split_seed"]
+    both = select(here, dataset, eps).merge(select(there, dataset, eps), on=key, suffixes=("", "_there"))
+    gaps = pd.DataFrame({m: 100 * (both[m] - both[f"{m}_there"]) for m in ("natural", "apgd")} | {"method": both["method"]})
+    groups = by_method(gaps, SHOWN)
+    if not groups:
+        return ""
+    others = {m: of for m, of in groups.items() if of[["natural", "apgd"]].abs().max(axis=None) > 1e-3}
+    if not others:
+        return f"All {len(both)} runs that {name} has too gave the same numbers.\n"
+    shown = 2 * sum(len(of) > 1 for of in others.values())
+    lines = [
+        [method, *(difference(interval(of[m], max(1, shown))) for m in ("natural", "apgd")), len(of)]
+        for method, of in others.items()
+    ]
+    same = "" if len(others) == len(groups) else "\nAll other methods gave the same numbers.\n"
+    return markdown([f"less {name}", "natural", "APGD", "pairs"], lines) + level(shown) + same
+
+
+def provenance(records: pd.DataFrame) -> str:
+    """Epochs, split, device, versions and dates of the runs, in a line; every value that occurs."""
+
+    def all_of(column: str) -> str:
+        return ", ".join(map(str, sorted(records[column].unique())))
+
+    if records.empty:
+        return ""
+    first, last = records["date"].min(), records["date"].max()
+    trained = f"{all_of('epochs')} epochs, split seed {all_of('split_seed')}"
+    versions = f"torch {all_of('torch')}, Python {all_of('python')}, cktat-loss {all_of('cktat_loss')}"
+    return f"{trained}; {all_of('device')}, {versions}, {first if first == last else f'{first} to {last}'}.\n"
+
+
+def captioned(tables: Mapping[str, str]) -> str:
+    """Tables that are not empty, each under its caption."""
+    return "\n".join(f"{caption}:\n\n{table}" for caption, table in tables.items() if table)
+
+
+def each_radius(table: Callable[[pd.DataFrame, str, float], str], records: pd.DataFrame, dataset: str) -> str:
+    """A table of each radius of a data set."""
+    return captioned({f"eps {radius(eps)}": table(records, dataset, eps) for eps in grid.SETTINGS[dataset].eps})
+
+
+def _accuracies(method: str, runs: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    return [named(method, runs), *(percent(runs[name]) for name in names)]
+
+
+def _list(records: pd.DataFrame, dataset: str, labels: Mapping[str, object], head: str, about: bool = False) -> str:
+    """A line a method under its label, at the data set's first radius, once there are two of them."""
+    groups = by_method(select(records, dataset), labels)
+    lines = []
+    for method, label in labels.items():
+        runs = groups.get(method, records[:0])
+        name, *accuracies = _accuracies(str(label), runs, ("natural", "pgd20", "apgd"))
+        lines.append([name, *([grid.METHODS[method].about] if about else []), *accuracies, len(runs)])
+    what = ["what it is"] if about else []
+    return markdown([head, *what, "natural", "PGD-20", "APGD", "seeds"], lines if len(groups) > 1 else [])
