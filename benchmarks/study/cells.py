@@ -70,8 +70,8 @@ def radius(eps: float) -> str:
 def measured(name: str, runs: pd.DataFrame) -> str:
     """What is measured and on which images: AutoAttack is on the first so many."""
     images = "test" if name.startswith("test_") else "validation"
-    counts = sorted({*runs["test_autoattack_images"].dropna()}) if name == "test_autoattack" else []
-    first = f"first {' or '.join(map(str, counts))} " if counts else ""
+    counts = [f"{count:g}" for count in sorted({*runs["test_autoattack_images"].dropna()})]
+    first = f"first {' or '.join(counts)} " if counts and name == "test_autoattack" else ""
     return f"{NAMES[name.removeprefix('test_')]}, {first}{images}"
 
 

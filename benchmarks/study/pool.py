@@ -1,33 +1,36 @@
-"""Runs side by side, each on its own process; a failure stops that run and no other."""
+"""Runs side by side, each in a process of its own: one that fails or dies stops no other."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-Item = TypeVar("Item")
-
-
-class Stopped(Exception):
-    """What the work raises when it was sent SIGTERM, and has saved itself."""
+Item = TypeVar("Item", bound=Hashable)
 
 
 def run_all(
-    work: Callable[[Item], None], stages: Sequence[Sequence[Item]], *, jobs: int, label: str, done: Callable[[], None]
+    work: Callable[[Item], None],
+    stages: Sequence[Sequence[Item]],
+    *,
+    log: Callable[[Item], Path],
+    jobs: int,
+    label: str,
+    done: Callable[[], None],
 ) -> dict[Item, str]:
     """Do the work on every item, `jobs` at a time; return what failed, and why.
 
     Args:
         work: a picklable function.
         stages: one after the other, the items of each in their order and side by side.
+        log: the file that takes what the work on an item prints.
         jobs: processes.
         label: of the progress bar.
         done: called here after every item.
@@ -35,70 +38,63 @@ def run_all(
     Ctrl-C and SIGTERM end the processes by SIGTERM, upon which a training saves itself.
     """
     failed: dict[Item, str] = {}
-    bar = tqdm(total=sum(map(len, stages)), desc=label, unit="run")
+    running: set[BaseProcess] = set()
+    lock, stopping = threading.Lock(), False
 
-    def settle(item: Item, error: BaseException | None) -> None:
-        if error:
-            failed[item] = f"{type(error).__name__}: {error}"
-        done()
-        bar.update()
+    def in_process(item: Item) -> str:
+        """What went wrong; "" if nothing did."""
+        path = log(item)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Spawned, since a fork of a process that has used torch's threads may hang.
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=(work, item, path))
+        with lock:
+            if stopping:
+                return "stopped"
+            process.start()
+            running.add(process)
+        process.join()
+        running.discard(process)
+        if process.exitcode == 0:
+            return ""
+        text = path.read_text(errors="replace").strip() if path.exists() else ""
+        return f"{text.splitlines()[-1] if text else 'it died'} (exit code {process.exitcode}, see {path})"
 
     before = signal.signal(signal.SIGTERM, _interrupt)
-    pool = _new_pool(jobs)
     try:
-        for items in stages:
-            left = dict.fromkeys(items)
-            with contextlib.suppress(BrokenProcessPool):
-                futures = {}
-                for item in items:
-                    futures[pool.submit(_work, work, item)] = item
-                for future in as_completed(futures):
-                    if isinstance(error := future.exception(), BrokenProcessPool):
-                        raise error
-                    del left[futures[future]]
-                    settle(futures[future], error)
-            # A process that dies takes the others along. Each of the rest gets its own, to see whose fault it was.
-            for item in left:
-                pool.shutdown()
-                pool = _new_pool(1)
-                settle(item, pool.submit(_work, work, item).exception())
-            if left:
-                pool.shutdown()
-                pool = _new_pool(jobs)
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
-        raise
+        with tqdm(total=sum(map(len, stages)), desc=label, unit="run") as bar, ThreadPoolExecutor(jobs) as threads:
+            try:
+                for items in stages:
+                    futures = {threads.submit(in_process, item): item for item in items}
+                    for future in as_completed(futures):
+                        if why := future.result():
+                            failed[futures[future]] = why
+                        done()
+                        bar.update()
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                with lock:
+                    stopping = True
+                    for process in running:
+                        process.terminate()
+                raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        bar.close()
-    pool.shutdown()
     return failed
 
 
-def _new_pool(jobs: int) -> ProcessPoolExecutor:
-    # Spawned, since a fork of a process that has used torch's threads may hang.
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
-
-
-def _begin(parent: int) -> None:
-    """In a new process: Ctrl-C is the parent's to handle, and without a parent there is nothing to do."""
+def _work(work: Callable[[Item], None], item: Item, path: Path) -> None:
+    """In the new process: what is printed goes to the end of the file; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stdout = sys.stderr = open(path, "a", buffering=1)
+    work(item)
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+
+def _end_with_parent() -> None:
+    """A study that was killed may be begun again at once: no run of it is left to get in the way."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
         os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(work: Callable[[Item], None], item: Item) -> None:
-    try:
-        work(item)
-    except Stopped:
-        os._exit(128 + signal.SIGTERM)  # or this process would begin with the next item, which it holds already
 
 
 def _interrupt(*_: object) -> None:

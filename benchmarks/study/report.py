@@ -16,6 +16,8 @@ from benchmarks.study.replication import replication_tables
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "study"
 NOT_RUN = "Not run yet.\n"
+CSVS = {"runs": records.RUN, "curves": records.EPOCH}
+LATER = "-0.2"  # in the names of the CSVs of what 0.2 ran
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,30 @@ class Results:
 
 
 def load(folder: Path = RESULTS) -> Results:
-    """The CSVs of a folder.
+    """The CSVs of a folder. The tables of a data set are of the runs of one version: of 0.1.0, where it has any.
 
     Raises:
         FileNotFoundError, ValueError: one is missing or has other columns.
     """
-    return Results(
-        records.read(folder / "runs.csv", records.RUN),
-        records.read(folder / "curves.csv", records.EPOCH),
-        records.read(folder / "runs-0.2.csv", records.RUN),
-        records.read(folder / "replication.csv", records.REPLICATION),
+    first, again = (
+        [records.read(folder / f"{name}{suffix}.csv", columns) for name, columns in CSVS.items()]
+        for suffix in ("", LATER)
     )
+    runs, curves = (
+        pd.concat([old, new[~new["dataset"].isin(old["dataset"])]], ignore_index=True)
+        for old, new in zip(first, again, strict=True)
+    )
+    replication = records.read(folder / "replication.csv", records.REPLICATION)
+    return Results(runs, curves, again[0], replication)
+
+
+def take_in(folder: Path, into: Path = RESULTS) -> None:
+    """Add the CSVs that the study's command left in a folder to those of later versions than 0.1.0; no run is lost."""
+    for name, columns in CSVS.items():
+        path = into / f"{name}{LATER}.csv"
+        both = pd.concat([records.read(path, columns), records.read(folder / f"{name}.csv", columns)])
+        key = [column for column in (*records.WHICH, "epoch") if column in columns]
+        records.write(path, both.drop_duplicates(key, keep="last").sort_values(key, ignore_index=True))
 
 
 def report(results: Results, folder: Path = RESULTS, *, root: Path = ROOT) -> list[Path]:
@@ -68,7 +83,7 @@ def report(results: Results, folder: Path = RESULTS, *, root: Path = ROOT) -> li
         # The bytes follow from the data alone: no date and no version in them.
         figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
         written.append(folder / f"{name}.png")
-        records.replace(written[-1], content.getvalue())
+        records.replace_file(written[-1], content.getvalue())
     pages = {"docs/study.md": study_blocks(results), "README.md": readme_blocks(results.runs)}
     for name, blocks in pages.items():
         written.append(root / name)
@@ -159,4 +174,4 @@ def write_blocks(path: Path, blocks: Mapping[str, str]) -> None:
             text = replaced(text, name, content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    records.replace(path, text.encode())
+    records.replace_file(path, text.encode())

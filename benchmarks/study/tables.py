@@ -6,7 +6,7 @@ import pandas as pd
 
 from benchmarks.study import grid
 from benchmarks.study.cells import (
-    counts, difference, level, markdown, mean_of, measured, named, percent, radius, signed,
+    NAMES, counts, difference, level, markdown, mean_of, measured, named, percent, radius,
 )  # fmt: skip
 from benchmarks.study.claims import MEASURES, Claim, measures
 from benchmarks.study.paired import interval, paired_differences
@@ -14,6 +14,37 @@ from benchmarks.study.records import by_method, select
 
 BASELINE = "pgd-at"
 SHOWN = (*grid.MAIN, *grid.CONTROLS)  # by the main tables, in this order
+Column = tuple[str, Callable[[str, pd.DataFrame], object]]  # a head, and the cell of a method and its runs
+
+ABOUT: Column = ("what it is", lambda method, _: grid.METHODS[method].about)
+SEEDS: Column = ("seeds", lambda _, runs: len(runs))
+
+
+def accuracy(measure: str, head: str | None = None) -> Column:
+    """Mean and spread of a measure."""
+    return head or NAMES[measure], lambda _, runs: percent(runs[measure])
+
+
+def gap(measure: str) -> Column:
+    """How far a measure stays above APGD, run by run: a sign of gradient masking."""
+    return (
+        f"{NAMES.get(measure, measure)} − APGD",
+        lambda _, runs: mean_of(100 * (runs[measure] - runs["apgd"])),
+    )
+
+
+def listing(
+    groups: Mapping[str, pd.DataFrame],
+    columns: Sequence[Column],
+    head: str = "method",
+    labels: Mapping[str, object] | None = None,
+) -> str:
+    """A line a method, by its name or a label, which says how many of its runs collapsed."""
+    lines = [
+        [named(str((labels or {}).get(method, method)), runs), *(cell(method, runs) for _, cell in columns)]
+        for method, runs in groups.items()
+    ]
+    return markdown([head, *(name for name, _ in columns)], lines)
 
 
 def methods_table(records: pd.DataFrame) -> str:
@@ -26,20 +57,15 @@ def methods_table(records: pd.DataFrame) -> str:
     for name in by_method(records, (name for name in grid.METHODS if name not in elsewhere)):
         method = grid.METHODS[name]
         changes = [f"`{field} = {value!r}`" for field, value in method.change.items()]
-        options = [f"`{method.options}`"] if method.options else []
-        lines.append([name, method.about, ", ".join(options + changes) or "-"])
+        lines.append([name, method.about, ", ".join([f"`{method.options}`", *changes])])
     return markdown(["method", "what it is", "options"], lines)
 
 
 def main_table(records: pd.DataFrame, dataset: str, eps: float, arch: str | None = None) -> str:
     """A line a method: accuracies on the validation images, then the signs of gradient masking."""
-    lines = []
-    for method, runs in by_method(select(records, dataset, eps, arch), SHOWN).items():
-        gaps = [mean_of(100 * (runs[name] - runs["apgd"])) for name in ("pgd20", "cw30", "transfer")]
-        zero = f"{100 * runs['zero_gradients'].mean():.1f}"
-        lines.append([*_accuracies(method, runs, ("natural", "pgd20", "apgd")), *gaps, zero, len(runs)])
-    head = ["method", "natural", "PGD-20", "APGD", "PGD-20 − APGD", "CW-30 − APGD", "transfer − APGD"]
-    return markdown([*head, "zero gradients, %", "seeds"], lines)
+    zero: Column = ("zero gradients, %", lambda _, runs: f"{100 * runs['zero_gradients'].mean():.1f}")
+    columns = [accuracy("natural"), accuracy("pgd20"), accuracy("apgd"), gap("pgd20"), gap("cw30"), gap("transfer")]
+    return listing(by_method(select(records, dataset, eps, arch), SHOWN), [*columns, zero, SEEDS])
 
 
 def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: str = BASELINE) -> str:
@@ -50,16 +76,19 @@ def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: s
     found = select(records, dataset, eps)
     groups = by_method(found, (method for method in SHOWN if method not in ("clean", against)))
     pairs = {
-        method: [paired_differences(found, method, against, measure) for measure in ("natural", "apgd")]
+        (method, measure): paired_differences(found, method, against, measure)
         for method in groups
+        for measure in ("natural", "apgd")
     }
-    pairs = {method: both for method, both in pairs.items() if len(both[0])}
-    shown = sum(len(differences) > 1 for both in pairs.values() for differences in both)
-    lines = [
-        [named(method, groups[method]), *(difference(interval(of, max(1, shown))) for of in both), len(both[0])]
-        for method, both in pairs.items()
-    ]
-    return markdown(["method", f"natural − {against}", f"APGD − {against}", "pairs"], lines) + level(shown)
+    shown = sum(len(differences) > 1 for differences in pairs.values())
+
+    def column(measure: str) -> Column:
+        cell = lambda method, _: difference(interval(pairs[method, measure], max(1, shown)))  # noqa: E731
+        return f"{NAMES[measure]} − {against}", cell
+
+    groups = {method: runs for method, runs in groups.items() if len(pairs[method, "apgd"])}
+    count: Column = ("pairs", lambda method, _: len(pairs[method, "apgd"]))
+    return listing(groups, [column("natural"), column("apgd"), count]) + level(shown)
 
 
 def search_table(records: pd.DataFrame, dataset: str) -> str:
@@ -68,25 +97,35 @@ def search_table(records: pd.DataFrame, dataset: str) -> str:
     The differences are from the method that was changed, seed by seed; without intervals, for which a search has too
     few seeds: it chooses what to look at, and shows nothing.
     """
-    found, lines = select(records, dataset), []
-    for method, runs in by_method(found, grid.SEARCH).items():
-        base = grid.BASES[method]
-        changes = [mean_of(paired_differences(found, method, base, measure)) for measure in ("natural", "apgd")]
-        name, *accuracies = _accuracies(method, runs, ("natural", "apgd"))
-        gap = mean_of(100 * (runs["pgd20"] - runs["apgd"]))
-        lines.append([name, grid.METHODS[method].about, *accuracies, base, *changes, gap, len(runs)])
-    head = ["method", "what it is", "natural", "APGD", "less", "natural", "APGD", "PGD-20 − APGD", "seeds"]
-    return markdown(head, lines)
+    found = select(records, dataset)
+
+    def change(measure: str) -> Column:
+        return NAMES[measure], lambda method, _: mean_of(
+            paired_differences(found, method, grid.base_of(method), measure)
+        )
+
+    less: Column = ("less", lambda method, _: grid.base_of(method))
+    columns = [ABOUT, accuracy("natural"), accuracy("apgd"), less, change("natural"), change("apgd"), gap("pgd20")]
+    return listing(by_method(found, grid.SEARCH), [*columns, SEEDS])
 
 
 def ablation_table(records: pd.DataFrame, dataset: str = "digits") -> str:
     """The paper's Table 3a: the recipe with a part less each."""
-    return _list(records, dataset, {method: method for method in grid.ABLATION}, "method", about=True)
+    return _paper(records, dataset, {method: method for method in grid.ABLATION}, "method", ABOUT)
 
 
 def sweep_table(records: pd.DataFrame, name: str, sweep: Mapping[str, int], dataset: str = "digits") -> str:
     """The paper's Tables 3b and 3c: a line a temperature of the teacher, or a weight of the consistency."""
-    return _list(records, dataset, sweep, name)
+    return _paper(records, dataset, sweep, name)
+
+
+def _paper(records: pd.DataFrame, dataset: str, labels: Mapping[str, object], head: str, *more: Column) -> str:
+    """A line a method under its label, at the data set's first radius, once there are two of them."""
+    groups = by_method(select(records, dataset), labels)
+    if len(groups) < 2:
+        return ""
+    columns = [*more, accuracy("natural"), accuracy("pgd20"), accuracy("apgd"), SEEDS]
+    return listing({method: groups.get(method, records[:0]) for method in labels}, columns, head, labels)
 
 
 def capacity_table(records: pd.DataFrame, dataset: str) -> str:
@@ -98,7 +137,7 @@ def capacity_table(records: pd.DataFrame, dataset: str) -> str:
         cells = [groups.get(method, records[:0]) for groups in found]
         if sum(len(runs) > 0 for runs in cells) > 1:
             both = [named(f"{percent(runs['natural'])} / {percent(runs['apgd'])}", runs) for runs in cells]
-            lines.append([method, *(text if text != "- / -" else "-" for text in both), counts(cells)])
+            lines.append([method, *("-" if text == "- / -" else text for text in both), counts(cells)])
     widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
     return markdown(["method", *widths, "seeds"], lines)
 
@@ -107,8 +146,7 @@ def test_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
     """A line a method whose test images were read."""
     found = select(records, dataset, eps).dropna(subset=["test_natural"])
     groups = by_method(found, (*SHOWN, *found["method"]))  # a claim can be about any method
-    lines = [[*_accuracies(method, runs, MEASURES), len(runs)] for method, runs in groups.items()]
-    return markdown(["method", *(measured(name, found) for name in MEASURES), "seeds"], lines)
+    return listing(groups, [*(accuracy(name, measured(name, found)) for name in MEASURES), SEEDS])
 
 
 def claims_table(records: pd.DataFrame, claims: Sequence[Claim], comparisons: int) -> str:
@@ -142,28 +180,32 @@ def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
     Natural accuracy and APGD on the validation images, and what the claims are of on the test images.
     """
     methods = [*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]
-    found = {name: runs for name in grid.SETTINGS if len(runs := select(records, name))}
+    found = {dataset: runs for dataset in grid.SETTINGS if len(runs := select(records, dataset))}
     groups = {dataset: by_method(runs, methods) for dataset, runs in found.items()}
-    columns, head = [], []
-    for dataset, runs in found.items():
-        read = [name for name in measures(dataset, claims) if runs[name].notna().any()]
-        for name in ("natural", "apgd", *read):
-            columns.append((dataset, name))
-            head.append(f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}, {measured(name, runs)}")
+    columns = [
+        (dataset, name)
+        for dataset, runs in found.items()
+        for name in ("natural", "apgd", *measures(dataset, claims))
+        if runs[name].notna().any()
+    ]
     lines = []
     for method in dict.fromkeys(methods):
         cells = {dataset: of.get(method, records[:0]) for dataset, of in groups.items()}
-        if any(len(runs) for runs in cells.values()):
-            texts = [
-                named(text, cells[dataset]) if name == "natural" else text
-                for dataset, name in columns
-                for text in [percent(cells[dataset][name])]
-            ]
+        if any(map(len, cells.values())):
+            texts = [percent(cells[dataset][name]) for dataset, name in columns]
+            for i, (dataset, name) in enumerate(columns):
+                texts[i] = named(texts[i], cells[dataset]) if name == "natural" else texts[i]
             lines.append([method, *texts, counts(cells.values())])
+    head = [
+        f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}, {measured(name, found[dataset])}"
+        for dataset, name in columns
+    ]
     return markdown(["accuracy in %", *head, "seeds"], lines)
 
 
-def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, name: str) -> str:
+def agreement_table(
+    here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, name: str, arch: str | None = None
+) -> str:
     """Whether runs give the numbers of the same runs in another table: the mean differences, a line a method.
 
     Another processor, another release of torch or of the training loop rounds differently, and training makes another
@@ -174,17 +216,16 @@ def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: 
         name: of the other table, for the head.
     """
     key = ["method", "arch", "seed", "epochs", "split_seed"]
-    both = select(here, dataset, eps).merge(select(there, dataset, eps), on=key, suffixes=("", "_there"))
-    gaps = pd.DataFrame({m: 100 * (both[m] - both[f"{m}_there"]) for m in ("natural", "apgd")} | {"method": both["method"]})
+    sides = (select(records, dataset, eps, arch) for records in (here, there))
+    both = pd.merge(*sides, on=key, suffixes=("", "_there"))
+    gaps = both.assign(**{measure: 100 * (both[measure] - both[f"{measure}_there"]) for measure in ("natural", "apgd")})
     groups = by_method(gaps, SHOWN)
-    if not groups:
-        return ""
-    others = {m: of for m, of in groups.items() if of[["natural", "apgd"]].abs().max(axis=None) > 1e-3}
+    others = {method: of for method, of in groups.items() if of[["natural", "apgd"]].abs().max(axis=None) > 1e-3}
     if not others:
-        return f"All {len(both)} runs that {name} has too gave the same numbers.\n"
+        return f"All {len(both)} runs that {name} has too gave the same numbers.\n" if groups else ""
     shown = 2 * sum(len(of) > 1 for of in others.values())
     lines = [
-        [method, *(difference(interval(of[m], max(1, shown))) for m in ("natural", "apgd")), len(of)]
+        [method, *(difference(interval(of[measure], max(1, shown))) for measure in ("natural", "apgd")), len(of)]
         for method, of in others.items()
     ]
     same = "" if len(others) == len(groups) else "\nAll other methods gave the same numbers.\n"
@@ -197,8 +238,6 @@ def provenance(records: pd.DataFrame) -> str:
     def all_of(column: str) -> str:
         return ", ".join(map(str, sorted(records[column].unique())))
 
-    if records.empty:
-        return ""
     first, last = records["date"].min(), records["date"].max()
     trained = f"{all_of('epochs')} epochs, split seed {all_of('split_seed')}"
     versions = f"torch {all_of('torch')}, Python {all_of('python')}, cktat-loss {all_of('cktat_loss')}"
@@ -213,19 +252,3 @@ def captioned(tables: Mapping[str, str]) -> str:
 def each_radius(table: Callable[[pd.DataFrame, str, float], str], records: pd.DataFrame, dataset: str) -> str:
     """A table of each radius of a data set."""
     return captioned({f"eps {radius(eps)}": table(records, dataset, eps) for eps in grid.SETTINGS[dataset].eps})
-
-
-def _accuracies(method: str, runs: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    return [named(method, runs), *(percent(runs[name]) for name in names)]
-
-
-def _list(records: pd.DataFrame, dataset: str, labels: Mapping[str, object], head: str, about: bool = False) -> str:
-    """A line a method under its label, at the data set's first radius, once there are two of them."""
-    groups = by_method(select(records, dataset), labels)
-    lines = []
-    for method, label in labels.items():
-        runs = groups.get(method, records[:0])
-        name, *accuracies = _accuracies(str(label), runs, ("natural", "pgd20", "apgd"))
-        lines.append([name, *([grid.METHODS[method].about] if about else []), *accuracies, len(runs)])
-    what = ["what it is"] if about else []
-    return markdown([head, *what, "natural", "PGD-20", "APGD", "seeds"], lines if len(groups) > 1 else [])
