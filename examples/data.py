@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torchvision.transforms import v2
 
 Sample = tuple[Tensor, int]  # an image (C, H, W) in [0, 1], its class
 Transform = Callable[[Any], Tensor]  # to a uint8 image (C, H, W)
+
+
+Name = Literal["cifar10", "cifar100", "svhn", "imagefolder", "digits", "mnist5k", "fake"]
 
 
 class MissingData(Exception):
@@ -363,4 +366,4 @@ _READERS: dict[str, Callable[[Path, bool], _Raw | _Whole]] = {
     "mnist5k": _mnist5k,
     "fake": _fake,
 }
-DATASETS = tuple(_READERS)
+DATASETS = get_args(Name)
