@@ -11,7 +11,7 @@ Ctrl-C stops at any moment: the same command goes on, and what is finished is ne
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ class Options:
     jobs: Annotated[int | None, number(int, 1, 1024), default("the CPU's cores; 1 on a GPU")] = None
     """runs at a time"""
     options: str = ""
-    """options of examples/train.py for all runs: --options '--epochs 30' for instance"""
+    """of examples/train.py, for all runs: --options='--epochs 30' for instance"""
     report: bool = False
     """run nothing: make docs/study.md, its figures and the README's table of the CSVs in docs/study"""
     take_in: Annotated[Path | None, default("none")] = None
@@ -91,7 +91,7 @@ def study(options: Options) -> int:
         failed |= side_by_side(train_and_measure, stages(left), "train", root, options)
         if options.final:
             failed |= final(runs, root, options)
-    print_tables(grids, root, options.arch)
+    print_tables(grids, root, options)
     for run, why in failed.items():
         print(f"failed: {run.name}: {why}", file=sys.stderr)
     return 1 if failed else 0
@@ -178,14 +178,14 @@ def side_by_side(
     )
 
 
-def print_tables(datasets: Sequence[str], root: Path, arch: str | None) -> None:
+def print_tables(datasets: Iterable[str], root: Path, options: Options) -> None:
     """The main tables of what is done, and where 0.1.0 had other numbers."""
     here, there = finished(root)[0], report.load().runs
     for dataset in datasets:
         for eps in SETTINGS[dataset].eps:
-            if table := tables.main_table(here, dataset, eps, arch):
+            if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
                 print(f"\n{dataset}, eps {eps:g}, validation images\n\n{table}")
-                print(tables.agreement_table(here, there, dataset, eps, "0.1.0", arch))
+                print(tables.agreement_table(here, there, dataset, eps, "0.1.0", options.arch))
 
 
 if __name__ == "__main__":

@@ -40,14 +40,17 @@ def run_all(
     failed: dict[Item, str] = {}
     running: set[BaseProcess] = set()
     lock, stopping = threading.Lock(), False
+    # Not forked from this process: one that has used torch's threads may hang then. A server that has imported all, and
+    # used nothing, saves each run the seconds of its imports.
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
 
     def in_process(item: Item) -> str:
         """What went wrong; "" if nothing did."""
         path = log(item)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Spawned, since a fork of a process that has used torch's threads may hang.
-        process = multiprocessing.get_context("spawn").Process(target=_work, args=(work, item, path))
-        with lock:
+        process = context.Process(target=_work, args=(work, item, path))
+        with lock:  # so that a stop misses no process that is just beginning
             if stopping:
                 return "stopped"
             process.start()

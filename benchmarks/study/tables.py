@@ -61,11 +61,13 @@ def methods_table(records: pd.DataFrame) -> str:
     return markdown(["method", "what it is", "options"], lines)
 
 
-def main_table(records: pd.DataFrame, dataset: str, eps: float, arch: str | None = None) -> str:
-    """A line a method: accuracies on the validation images, then the signs of gradient masking."""
+def main_table(
+    records: pd.DataFrame, dataset: str, eps: float, arch: str | None = None, more: Sequence[str] = ()
+) -> str:
+    """A line a method, of SHOWN and more: accuracies on the validation images, then signs of gradient masking."""
     zero: Column = ("zero gradients, %", lambda _, runs: f"{100 * runs['zero_gradients'].mean():.1f}")
     columns = [accuracy("natural"), accuracy("pgd20"), accuracy("apgd"), gap("pgd20"), gap("cw30"), gap("transfer")]
-    return listing(by_method(select(records, dataset, eps, arch), SHOWN), [*columns, zero, SEEDS])
+    return listing(by_method(select(records, dataset, eps, arch), (*SHOWN, *more)), [*columns, zero, SEEDS])
 
 
 def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: str = BASELINE) -> str:
