@@ -2,6 +2,7 @@
 
 import builtins
 import re
+import traceback
 from pathlib import Path
 
 import pytest
@@ -47,17 +48,22 @@ class Setting:
         assert (teacher.eval()(self.x).argmax(1) == self.y).all()
         self.student = net()
         warm_start(self.student, teacher)
-        self.criterion = CKTATLoss(teacher, tau=2.0, detach_clean=True)
+        self.teacher = teacher
+        self.criterion = CKTATLoss(teacher, tau=2.0, adaptive=True, detach_clean=True)
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.05)
 
+    def attack(self, plug_in, name):
+        extra = {"shape": self.shape, "classes": self.classes} if name == "art" else {}
+        return getattr(plug_in, f"{name}_pgd")(self.student, eps=self.eps, **extra)
+
     def train(self, plug_in, name):
-        """Two passes with one of the functions: the losses."""
-        function, batches = getattr(plug_in, f"with_{name}"), 2 * self.batches
+        """Two passes, with the attack or with the loop of this name: the losses."""
+        attack = self.attack(plug_in, name if name in ATTACKS else "own")
         if name == "lightning":
             loader = DataLoader([*zip(self.x, self.y, strict=True)] * 2, batch_size=16)
-            return function(self.student, self.criterion, loader, eps=self.eps)
-        extra = {"shape": self.shape, "classes": self.classes} if name == "art" else {}
-        return function(self.student, self.criterion, self.optimizer, batches, eps=self.eps, **extra)
+            return plug_in.train_with_lightning(self.student, self.teacher, loader, attack)
+        loop = plug_in.train_with_fabric if name == "fabric" else plug_in.train
+        return loop(self.student, self.criterion, self.optimizer, 2 * self.batches, attack)
 
 
 @pytest.fixture
@@ -70,16 +76,16 @@ def require(name):
     pytest.importorskip("lightning" if name == "fabric" else name)
 
 
-NAMES = ["torchattacks", "art", "lightning", "fabric"]
+ATTACKS, LOOPS = ["torchattacks", "art"], ["lightning", "fabric"]
 # Lightning 2.6 asks torch 2.14's pytrees in a way that torch deprecates.
 quiet = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-# On many cores, it recommends workers for any loader without.
-no_advice = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+# It recommends workers for any loader without, and asks whether a teacher in eval mode is meant: it is.
+no_advice = pytest.mark.filterwarnings("ignore:.*(does not have many workers|in eval mode at the start of training)")
 
 
 @quiet
 @no_advice
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*ATTACKS, *LOOPS])
 def test_the_loss_falls_and_the_teacher_stays(plug_in, setting, name):
     require(name)
     student = {key: value.clone() for key, value in setting.student.state_dict().items()}
@@ -102,43 +108,55 @@ def test_a_frozen_batchnorm_stays_frozen(plug_in, setting, name):
     assert torch.equal(setting.student[1].running_mean, before)
 
 
-@pytest.mark.parametrize("name", ["torchattacks", "art"])
-def test_each_attack_is_as_strong_as_ours(plug_in, setting, name, monkeypatch):
+@pytest.mark.parametrize("name", ATTACKS)
+def test_each_attack_is_as_strong_as_ours(plug_in, setting, name):
     require(name)
-    caught = []
-
-    def keep(student, criterion, x, x_adv, y):
-        caught.append(x_adv)
-        return 0 * student(x).sum()  # no training: all attacks meet the same student
-
-    monkeypatch.setattr(plug_in, "loss_of", keep)
-    setting.optimizer.param_groups[0]["lr"] = 0.0
     for module in setting.student:
         module.eval()
-    setting.train(plug_in, name)
-    x_adv = torch.cat(caught[:6])
-    ours = plug_in.pgd(setting.student, setting.x, setting.y, eps=0.1, step=0.025, steps=10)
-    assert (x_adv - setting.x).abs().max() <= 0.1 + 1e-6
+    attack, x, y = setting.attack(plug_in, name), setting.x, setting.y
+    x_adv, ours = attack(x, y), setting.attack(plug_in, "own")(x, y)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     with torch.no_grad():
-        clean, theirs, own = (
-            F.cross_entropy(setting.student(images), setting.y) for images in (setting.x, x_adv, ours)
-        )
+        clean, theirs, own = (F.cross_entropy(setting.student(images), y) for images in (x, x_adv, ours))
     assert own > 1.5 * clean
     assert theirs == pytest.approx(own.item(), rel=0.3)  # ART's start is drawn from NumPy's generator, unseeded here
 
 
+@quiet
+@no_advice
+def test_a_resumed_lightning_run_has_the_teacher_of_its_checkpoint(plug_in, setting, tmp_path, monkeypatch):
+    require("lightning")
+    criteria = []
+
+    def kept(student, criterion, *batch):
+        criteria.append(criterion)
+        return loss_of(student, criterion, *batch)
+
+    loss_of = plug_in.loss_of
+    monkeypatch.setattr(plug_in, "loss_of", kept)
+    loader = DataLoader([*zip(setting.x, setting.y, strict=True)], batch_size=16)
+    attack, checkpoint = setting.attack(plug_in, "own"), tmp_path / "run.ckpt"
+    trained = setting.teacher.state_dict()
+    plug_in.train_with_lightning(setting.student, setting.teacher, loader, attack, epochs=1, checkpoint=checkpoint)
+    # A new process knows none of the weights: all of them come from the checkpoint.
+    plug_in.train_with_lightning(net(), net(), loader, attack, epochs=2, checkpoint=checkpoint)
+    assert len(criteria) == 12
+    for criterion in criteria:
+        assert all(torch.equal(value, trained[key]) for key, value in criterion.teacher.state_dict().items())
+
+
 @pytest.mark.parametrize(
-    ("name", "package", "extra"),
+    ("name", "package", "pip"),
     [
         ("torchattacks", "torchattacks", "torchattacks"),
-        ("art", "art", "art"),
+        ("art", "art", "adversarial-robustness-toolbox"),
         ("lightning", "lightning", "lightning"),
         ("fabric", "lightning", "lightning"),
     ],
 )
-def test_a_missing_library_is_named_with_its_extra(plug_in, setting, monkeypatch, name, package, extra):
+def test_a_missing_library_is_named_with_how_to_get_it(plug_in, setting, monkeypatch, name, package, pip):
     genuine = builtins.__import__
 
     def without(module, *rest):
@@ -149,7 +167,9 @@ def test_a_missing_library_is_named_with_its_extra(plug_in, setting, monkeypatch
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError) as error:
         setting.train(plug_in, name)
-    assert str(error.value) == f"{package} is missing: pip install 'cktat-loss[{extra}]'"
+    shown = "".join(traceback.format_exception(error.value))
+    assert f"No module named '{package}'" in shown
+    assert f"# pip install {pip}\n" in shown
 
 
 @pytest.fixture(scope="module")
