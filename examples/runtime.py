@@ -22,7 +22,6 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-
 T = TypeVar("T")
 
 
