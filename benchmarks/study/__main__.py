@@ -21,8 +21,7 @@ import tyro
 from data import MissingData
 from runtime import UserError, default, device_of, number
 
-from benchmarks.study import one_run, pool, records, report, tables
-from benchmarks.study.claims import claimed
+from benchmarks.study import claims, one_run, pool, records, report, tables
 from benchmarks.study.grid import METHODS, SETTINGS, Run, grid
 from benchmarks.study.one_run import config_of, find_data, finished, read_test, record_of, told, train_and_measure
 
@@ -80,7 +79,7 @@ def study(options: Options) -> int:
     # Runs name their teachers by their paths, and would not go on if these were spelled in another way.
     root, failed = options.out.resolve(), {}
     grids = {dataset: chosen(dataset, options) for dataset in datasets(options)}
-    if options.final and not any(map(claimed, grids.values())):
+    if options.final and not any(map(claims.claimed, grids.values())):
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
     for runs in grids.values():
         for run in runs:
@@ -140,7 +139,7 @@ def final(runs: Sequence[Run], root: Path, options: Options) -> dict[Run, str]:
     Raises:
         UserError: some have been read there with another number of images for AutoAttack: they would be no pairs.
     """
-    found = {run: record for run in claimed(runs) if (record := record_of(run, root))}
+    found = {run: record for run in claims.claimed(runs) if (record := record_of(run, root))}
     left = [run for run, record in found.items() if record.get("test_natural") is None]
     counts = {record.get("test_autoattack_images") for record in found.values()} - {None, options.autoattack_images}
     if left and counts:

@@ -64,9 +64,9 @@ SECOND = (
 CLAIMS = (*FIRST, *SECOND)
 
 
-def claimed(runs: Iterable[Run], claims: Sequence[Claim] = CLAIMS) -> list[Run]:
+def claimed(runs: Iterable[Run]) -> list[Run]:
     """The runs by which a claim is judged: those whose test images are read."""
-    return [run for run in runs if any(claim.about(run) for claim in claims)]
+    return [run for run in runs if any(claim.about(run) for claim in CLAIMS)]
 
 
 def measures(dataset: str, claims: Sequence[Claim]) -> list[str]:

@@ -40,10 +40,12 @@ def run_all(
     failed: dict[Item, str] = {}
     running: set[BaseProcess] = set()
     lock, stopping = threading.Lock(), False
-    # Not forked from this process: one that has used torch's threads may hang then. A server that has imported all, and
-    # used nothing, saves each run the seconds of its imports.
+    # Not forked from this process, where threads run: a fork may hang then. From a server that has imported all and
+    # started nothing: runs need not import torch again, which takes some seconds.
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(["benchmarks.study.one_run"])
 
     def in_process(item: Item) -> str:
         """What went wrong; "" if nothing did."""
