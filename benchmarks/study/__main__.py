@@ -11,19 +11,20 @@ Ctrl-C stops at any moment: the same command goes on, and what is finished is ne
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import train
 import tyro
 from data import MissingData
-from runtime import UserError, default, device_of, number
+from runtime import Ranks, UserError, default, device_of, number
 
-from benchmarks.study import claims, one_run, pool, records, report, tables
-from benchmarks.study.grid import METHODS, SETTINGS, Run, grid
-from benchmarks.study.one_run import config_of, find_data, finished, read_test, record_of, told, train_and_measure
+from benchmarks.study import claims, pool, records, report, tables
+from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, Run, grid
+from benchmarks.study.one_run import config_of, finished, read_test, record_of, told, train_and_measure
 
 
 @dataclass
@@ -59,13 +60,13 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        if options.report:
-            if options.take_in:
-                report.take_in(options.take_in)
-            for path in report.report(report.load()):
-                print(f"saved {path}")
-            return 0
-        return study(options)
+        if not options.report:
+            return study(options)
+        if options.take_in:
+            report.take_in(options.take_in)
+        for path in report.report(report.load()):
+            print(f"saved {path}")
+        return 0
     except (UserError, MissingData, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,35 +79,40 @@ def study(options: Options) -> int:
     """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
     # Runs name their teachers by their paths, and would not go on if these were spelled in another way.
     root, failed = options.out.resolve(), {}
-    grids = {dataset: chosen(dataset, options) for dataset in datasets(options)}
+    grids = chosen(options)
     if options.final and not any(map(claims.claimed, grids.values())):
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
-    for runs in grids.values():
-        for run in runs:
-            config_of(run, root, options.options)  # wrong options are known at once
-        find_data(runs[0], options.options)
-    for runs in grids.values():
+    devices = set()
+    for runs in grids.values():  # wrong options and missing images are known at once
+        configs = [config_of(run, root, options.options) for run in runs]
+        devices |= {device_of(config.device) for config in configs}
+        for device in devices:
+            train.open_data(configs[0], Ranks(device))
+    jobs = options.jobs or ((os.cpu_count() or 1) if {device.type for device in devices} == {"cpu"} else 1)
+    side_by_side = partial(_side_by_side, root=root, extra=options.options, jobs=jobs)
+    for dataset, runs in grids.items():
         left = [run for run in runs if not is_done(run, root, options.options)]
-        failed |= side_by_side(train_and_measure, stages(left), "train", root, options)
+        failed |= side_by_side(train_and_measure, stages(left), f"{dataset}: train")
         if options.final:
-            failed |= final(runs, root, options)
-    print_tables(grids, root, options)
+            work = partial(read_test, autoattack_images=options.autoattack_images)
+            failed |= side_by_side(work, [unread(runs, root, options.autoattack_images)], f"{dataset}: test")
+    here, there = finished(root)[0], report.load().runs
+    for dataset, eps in ((dataset, eps) for dataset in grids for eps in SETTINGS[dataset].eps):
+        if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
+            print(f"\n{dataset}, eps {eps:g}, validation images\n\n{table}")
+            print(tables.agreement_table(here, there, dataset, eps, "0.1.0", options.arch))
     for run, why in failed.items():
         print(f"failed: {run.name}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def datasets(options: Options) -> list[str]:
-    return [options.dataset] if options.dataset else ["digits", "mnist5k"] if options.full else ["digits"]
-
-
-def chosen(dataset: str, options: Options) -> list[Run]:
-    """The runs of a data set that were asked for."""
+def chosen(options: Options) -> dict[str, list[Run]]:
+    """The runs that were asked for, by data set."""
     if others := [name for name in options.methods if name not in METHODS]:
         raise UserError(f"--methods: got {', '.join(others)}, wanted some of {', '.join(METHODS)}")
-    count = options.seeds or (5 if options.full else 3)
-    seeds = range(options.first_seed, options.first_seed + count)
-    return grid(dataset, options.arch, seeds, full=options.full, methods=options.methods)
+    datasets = [options.dataset] if options.dataset else ["digits", "mnist5k"] if options.full else ["digits"]
+    seeds = range(options.first_seed, options.first_seed + (options.seeds or (5 if options.full else 3)))
+    return {name: grid(name, options.arch, seeds, full=options.full, methods=options.methods) for name in datasets}
 
 
 def is_done(run: Run, root: Path, extra: str) -> bool:
@@ -129,62 +135,40 @@ def stages(runs: Sequence[Run]) -> list[list[Run]]:
     """A teacher for each network and seed, then PGD-AT, then what needs both."""
     clean = {(run.arch, run.seed): run for run in reversed(runs) if run.method == "clean"}  # the first of each
     teachers = [run for run in runs if run in clean.values()]
-    needed = [run for run in runs if run.method in one_run.NEEDED and run not in teachers]
-    return [teachers, needed, [run for run in runs if run.method not in one_run.NEEDED]]
+    needed = [run for run in runs if run.method in NEEDED and run not in teachers]
+    return [teachers, needed, [run for run in runs if run.method not in NEEDED]]
 
 
-def final(runs: Sequence[Run], root: Path, options: Options) -> dict[Run, str]:
-    """The test images, for the runs that a claim is about, each once.
+def unread(runs: Sequence[Run], root: Path, autoattack_images: int) -> list[Run]:
+    """Those that a claim is about and whose test images nobody has read: each is read once.
 
     Raises:
-        UserError: some have been read there with another number of images for AutoAttack: they would be no pairs.
+        UserError: some have been read with another number of images for AutoAttack: they would be no pairs.
     """
     found = {run: record for run in claims.claimed(runs) if (record := record_of(run, root))}
     left = [run for run, record in found.items() if record.get("test_natural") is None]
-    counts = {record.get("test_autoattack_images") for record in found.values()} - {None, options.autoattack_images}
+    counts = {record.get("test_autoattack_images") for record in found.values()} - {None, autoattack_images}
     if left and counts:
         raise UserError(
             f"--autoattack-images: must be {counts.pop()}, as for the runs that have been read already; "
-            f"got {options.autoattack_images}"
+            f"got {autoattack_images}"
         )
-    work = partial(read_test, autoattack_images=options.autoattack_images)
-    return side_by_side(work, [left], "test", root, options)
+    return left
 
 
-def side_by_side(
-    work: Callable[..., None], stages: Sequence[Sequence[Run]], label: str, root: Path, options: Options
+def _side_by_side(
+    work: Callable[..., None], stages: Sequence[Sequence[Run]], label: str, *, root: Path, extra: str, jobs: int
 ) -> dict[Run, str]:
-    """What failed of the runs, and why; after each, the CSVs have all that is done in the folder."""
-    runs = [run for stage in stages for run in stage]
-    jobs = options.jobs
-    if jobs is None:
-        on_cpu = all(device_of(config_of(run, root, options.options).device).type == "cpu" for run in runs[:1])
-        jobs = (os.cpu_count() or 1) if on_cpu else 1
+    """What failed of the runs, and why; after each run, the CSVs have all that is done in the folder."""
 
     def write() -> None:
-        for name, table in zip(("runs", "curves"), finished(root), strict=True):
+        for name, table in zip(report.CSVS, finished(root), strict=True):
             records.write(root / f"{name}.csv", table)
 
-    if not runs:
+    if not any(stages):
         return {}
-    return pool.run_all(
-        partial(work, root=root, extra=options.options),
-        stages,
-        log=lambda run: root / run.name / "output.txt",
-        jobs=jobs,
-        label=f"{runs[0].dataset}: {label}",
-        done=write,
-    )
-
-
-def print_tables(datasets: Iterable[str], root: Path, options: Options) -> None:
-    """The main tables of what is done, and where 0.1.0 had other numbers."""
-    here, there = finished(root)[0], report.load().runs
-    for dataset in datasets:
-        for eps in SETTINGS[dataset].eps:
-            if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
-                print(f"\n{dataset}, eps {eps:g}, validation images\n\n{table}")
-                print(tables.agreement_table(here, there, dataset, eps, "0.1.0", options.arch))
+    work, log = partial(work, root=root, extra=extra), lambda run: root / run.name / "output.txt"
+    return pool.run_all(work, stages, log=log, jobs=jobs, label=label, done=write)
 
 
 if __name__ == "__main__":

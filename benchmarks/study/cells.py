@@ -8,7 +8,10 @@ import pandas as pd
 from benchmarks.study.paired import LEVEL, Interval
 
 CHANCE = 0.2  # natural accuracy below which a run has collapsed: ten classes, guessed, give 0.1
-NAMES = {"natural": "natural", "pgd20": "PGD-20", "cw30": "CW-30", "apgd": "APGD", "autoattack": "AutoAttack"}
+NAMES = {
+    "natural": "natural", "pgd20": "PGD-20", "cw30": "CW-30", "apgd": "APGD", "transfer": "transfer",
+    "autoattack": "AutoAttack",
+}  # fmt: skip
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from benchmarks.study import grid, labels
+from benchmarks.study import grid
 from benchmarks.study.cells import measured, radius
 from benchmarks.study.claims import Claim, measures
 from benchmarks.study.records import by_method, select
@@ -53,40 +53,34 @@ def trade_off(records: pd.DataFrame, claims: Sequence[Claim]) -> Figure | None:
         found = select(records, dataset)
         for robust in (*measures(dataset, claims), "apgd"):
             if shown := by_method(found.dropna(subset=[robust]), (*grid.MAIN, *grid.CONTROLS)):
-                panels[dataset] = shown, robust
+                panels[dataset] = shown, ["test_natural" if robust.startswith("test_") else "natural", robust]
                 break
     if not panels:
         return None
-    figure = _figure(5.6 * len(panels), 4.8)
+    figure = _figure(6.4 * len(panels), 4.8)
     plots = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (dataset, (shown, robust)) in zip(plots, panels.items(), strict=True):
-        both = ["test_natural" if robust.startswith("test_") else "natural", robust]
-        found = pd.concat(shown.values())
-        points = found.groupby("method", sort=False)[both].agg(["mean", "std"]).fillna(0)
-        mean, sd = (points.xs(of, axis=1, level=1) for of in ("mean", "std"))
-        lowest = found.groupby("method", sort=False)[both].min()
+    for axes, (dataset, (shown, both)) in zip(plots, panels.items(), strict=True):
+        mean, sd = (pd.DataFrame({m: runs[both].agg(of) for m, runs in shown.items()}).T for of in ("mean", "std"))
+        lowest = pd.DataFrame({method: runs[both].min() for method, runs in shown.items()}).T
         inside = (lowest >= mean.max() / 2).all(axis=1)
-        for method in points.index[inside]:
-            (x, y), (xerr, yerr) = mean.loc[method], sd.loc[method]
-            fill = "white" if method in grid.CONTROLS else None
-            look = {"fmt": "o", "ms": 6, "mfc": fill, "color": _color(method), "elinewidth": 0.9}
-            axes.errorbar(x, y, xerr=xerr, yerr=yerr, label=method, **look)
-        along, up = (measured(name, found) for name in both)
+        for method in mean.index[inside]:
+            (x, y), (xerr, yerr) = mean.loc[method], sd.loc[method].fillna(0)
+            axes.errorbar(x, y, xerr=xerr, yerr=yerr, label=method, elinewidth=0.9, ms=6, **_look(method))
+        along, up = (measured(name, pd.concat(shown.values())) for name in both)
         _finish(axes, _where(dataset), f"accuracy: {along} images")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(PERCENT)
         axes.set_ylabel(f"accuracy: {up} images", color=MUTED)
-        axes.margins(0.14)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         if outside := [f"{method} {100 * x:.1f} / {100 * y:.1f}" for method, (x, y) in mean[~inside].T.items()]:
             text = f"Not shown: {', '.join(outside)}"
             axes.text(0, -0.17, text, transform=axes.transAxes, color=MUTED, size=8, va="top")
-    labels.beside_points(figure, INK, MUTED)
     return figure
 
 
-def collapse_and_rescue(curves: pd.DataFrame, methods: tuple[str, str] = ("literal", "adaptive")) -> Figure | None:
+def collapse_and_rescue(curves: pd.DataFrame, dataset: str) -> Figure | None:
     """Clean and PGD accuracy by epoch of two methods, side by side: thin a seed, bold the mean."""
-    if len(found := by_method(curves, methods)) < 2:
+    if len(found := by_method(select(curves, dataset), ("literal", "adaptive"))) < 2:
         return None
     figure = _figure(10, 4)
     for axes, (method, epochs) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
@@ -94,23 +88,23 @@ def collapse_and_rescue(curves: pd.DataFrame, methods: tuple[str, str] = ("liter
         _draw(axes, epochs, "pgd_accuracy", ROBUST, "under PGD-10")
         _finish(axes, f"{method}: {grid.METHODS[method].about}", "epoch")
     figure.axes[0].set_ylim(0, 1.03)
-    figure.axes[0].set_ylabel(f"accuracy, validation images of {_where_of(curves)}", color=MUTED)
+    figure.axes[0].set_ylabel(f"accuracy, validation images of {_where(dataset)}", color=MUTED)
     figure.axes[1].legend(frameon=False, labelcolor=INK, loc="lower right")
     return figure
 
 
-def errors_per_epoch(curves: pd.DataFrame) -> Figure | None:
+def errors_per_epoch(curves: pd.DataFrame, dataset: str) -> Figure | None:
     """Natural error on the left, robust error on the right, by epoch, for each main method: does one rise as the other
     falls? Thin a seed, bold the mean. The left scale is logarithmic: natural errors differ by factors."""
-    found = by_method(curves.assign(natural=1 - curves["clean_accuracy"], robust=1 - curves["pgd_accuracy"]), grid.MAIN)
-    if not found:
+    errors = curves.assign(natural=1 - curves["clean_accuracy"], robust=1 - curves["pgd_accuracy"])
+    if not (found := by_method(select(errors, dataset), grid.MAIN)):
         return None
     figure = _figure(11, 4.4)
     panels = {"Natural error": "natural", "Robust error, PGD-10": "robust"}
     for axes, (title, error) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for method, epochs in found.items():
-            _draw(axes, epochs, error, _color(method), method)
-        _finish(axes, f"{title}: {_where_of(curves)}", "epoch")
+            _draw(axes, epochs, error, _look(method)["color"], method)
+        _finish(axes, f"{title}: {_where(dataset)}", "epoch")
     left = figure.axes[0]
     left.set_yscale("log", nonpositive="mask")  # no error among few images is nothing to draw
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -121,13 +115,13 @@ def errors_per_epoch(curves: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def weights(curves: pd.DataFrame, methods: tuple[str, str] = ("adaptive", "ramp")) -> Figure | None:
+def weights(curves: pd.DataFrame, dataset: str) -> Figure | None:
     """How softmax(S(x'))[y] spreads over the images, by epoch: percentiles, each the mean over seeds.
 
     The adaptive weight of an image is beta times that. A method with one beta for all images is beside it to compare:
     what its weights would be.
     """
-    if len(found := by_method(curves, methods)) < 2:
+    if len(found := by_method(select(curves, dataset), ("adaptive", "ramp"))) < 2:
         return None
     figure = _figure(10, 4)
     for axes, (method, epochs) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
@@ -136,7 +130,7 @@ def weights(curves: pd.DataFrame, methods: tuple[str, str] = ("adaptive", "ramp"
             label = f"{low} - {high} % of the images"
             axes.fill_between(at[low].index, at[low], at[high], color=CLEAN, alpha=alpha, lw=0, label=label)
         axes.plot(at[50].index, at[50], color=CLEAN, lw=2, label="median")
-        _finish(axes, f"{method}: {_where_of(curves)}", "epoch")
+        _finish(axes, f"{method}: {_where(dataset)}", "epoch")
         axes.yaxis.set_major_formatter("{x:g}")  # a weight, no share of images
     figure.axes[0].set_ylim(0, 1.03)
     figure.axes[0].set_ylabel("softmax(S(x'))[y], validation images", color=MUTED)
@@ -181,11 +175,9 @@ def _where(dataset: str) -> str:
     return f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}"
 
 
-def _where_of(curves: pd.DataFrame) -> str:
-    return _where(curves["dataset"].iloc[0])
-
-
-def _color(method: str) -> str:
-    """The same in every figure. Controls begin again at the first: their points are hollow."""
-    of = grid.MAIN if method in grid.MAIN else grid.CONTROLS
-    return PALETTE[of.index(method) % len(PALETTE)]
+def _look(method: str) -> dict[str, str]:
+    """Of a method's points and lines, the same in every figure; those of controls are hollow."""
+    control = method in grid.CONTROLS
+    place = (grid.CONTROLS if control else grid.MAIN).index(method)
+    shape = ("D" if place >= len(PALETTE) else "s") if control else "o"
+    return {"color": PALETTE[place % len(PALETTE)], "fmt": shape, "mfc": "white" if control else None}

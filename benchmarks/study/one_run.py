@@ -20,10 +20,10 @@ from torch import nn
 
 from benchmarks.study import measure
 from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, SPLIT_SEED, Run
-from benchmarks.study.records import EPOCH, RUN, frame, replace_file
+from benchmarks.study.records import EPOCH, RUN, WHICH, frame, replace_file
 from benchmarks.study.variants import ChangedCKTAT, ChangedTRADES
 
-RECORD, NETWORK, LOG = "record.json", "last.pt", "log.csv"
+RECORD = "record.json"
 
 
 class Failed(Exception):
@@ -43,21 +43,19 @@ def train_and_measure(run: Run, root: Path, extra: str) -> None:
         Failed: training ended without a network.
     """
     config = config_of(run, root, extra)
-    device = device_of(config.device)
     if run.method != "clean":
         trained(replace(run, method="clean"), root)
     if code := train.launch(config, lambda config, teacher: method_of(run, config, teacher)):
         raise Failed(f"{run.name}: training ended with exit code {code}")
-    started = time.perf_counter()
-    network = trained(run, root).to(device)
-    source = trained(replace(run, method="pgd-at"), root).to(device) if run.method not in NEEDED else None
+    started, device = time.perf_counter(), device_of(config.device)
+    source = trained(replace(run, method="pgd-at"), root) if run.method not in NEEDED else None
     images = train.open_data(config, Ranks(device)).validation
-    measured = measure.on_validation(network, images, run.eps, source)
+    measured = measure.on_validation(trained(run, root).to(device), images, run.eps, source)
     record = {
         **asdict(run),
         **told(run, extra),
         **measured,
-        "train_seconds": sum(row["train_seconds"] for row in read_log(_network(run, root).with_name(LOG))),
+        "train_seconds": sum(row["train_seconds"] for row in read_log(_folder(run, root) / "log.csv")),
         "measure_seconds": time.perf_counter() - started,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
@@ -77,36 +75,42 @@ def read_test(run: Run, root: Path, extra: str, autoattack_images: int) -> None:
     _save(run, root, {**(record_of(run, root) or {}), **measured})
 
 
+def config_of(run: Run, root: Path, extra: str) -> train.Config:
+    """The options of the command that trains it; it leaves with a message where one is not to be had."""
+    setting, method = SETTINGS[run.dataset], METHODS[run.method]
+    argv = [
+        "--dataset", run.dataset, "--arch", run.arch, "--seed", str(run.seed), "--split-seed", str(SPLIT_SEED),
+        "--validation", str(setting.validation), "--resume", "--out", str(_folder(run, root)),
+        *shlex.split(setting.options),
+    ]  # fmt: skip
+    if run.method == "clean":
+        argv += ["--epochs", str(setting.teacher_epochs)]
+    else:
+        teacher = _folder(replace(run, method="clean"), root) / "last.pt"
+        argv += ["--epochs", str(setting.epochs * method.longer), "--teacher", str(teacher)]
+        argv += ["--eps", str(run.eps), "--apgd-check", "0"]
+    return train.parse([*argv, *shlex.split(method.options), *shlex.split(extra)])
+
+
 def method_of(run: Run, config: train.Config, teacher: nn.Module | None) -> Method:
     """What the training command's options ask for, with what the study changes of it."""
     method, change = train.method_of(config, teacher), METHODS[run.method].change
     if not change:
         return method
-    if isinstance(method, CKTAT):
-        return ChangedCKTAT(method.criterion, method.guidance, **change)
-    return ChangedTRADES(**change)
+    return ChangedCKTAT(method.criterion, **change) if isinstance(method, CKTAT) else ChangedTRADES(**change)
 
 
 def trained(run: Run, root: Path) -> nn.Module:
-    """The network of a run.
+    """The network of a run, of its last epoch.
 
     Raises:
         Failed: it has not been trained to the end, or not at all: what began with it would be another experiment.
     """
-    path = _network(run, root)
+    path = _folder(run, root) / "last.pt"
     state = load(path) if path.exists() else {"epoch": 0, "config": {"epochs": None}}
     if state["epoch"] != state["config"]["epochs"]:
         raise Failed(f"{run.name} is not trained to the end")
     return from_checkpoint(path)
-
-
-def find_data(run: Run, extra: str) -> None:
-    """Open the images of a run once, before many processes do: what is to be downloaded is, and what is missing known.
-
-    Raises:
-        MissingData: they are not there.
-    """
-    train.open_data(config_of(run, Path(), extra), Ranks(torch.device("cpu")))
 
 
 def told(run: Run, extra: str) -> dict[str, str | int]:
@@ -125,36 +129,17 @@ def record_of(run: Run, root: Path) -> dict[str, Any] | None:
 
 def finished(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All that is done in a study's folder: runs and epochs. A teacher has no epochs here: nothing attacks it."""
-    runs = [json.loads(path.read_text()) for path in root.glob(f"*/*/*/{RECORD}")]
-    epochs = []
+    runs, epochs = [json.loads(path.read_text()) for path in root.glob(f"*/*/*/{RECORD}")], []
     for record in runs:
-        run = Run(**{name: record[name] for name in ("dataset", "arch", "method", "eps", "seed")})
-        if run.method != "clean":
-            epochs += [{**row, **asdict(run)} for row in read_log(root / run.name / LOG)]
+        which = {name: record[name] for name in WHICH}
+        if record["method"] != "clean":
+            epochs += [{**row, **which} for row in read_log(root / Run(**which).name / "log.csv")]
     return frame(runs, RUN), frame(epochs, EPOCH)
 
 
-def config_of(run: Run, root: Path, extra: str) -> train.Config:
-    """The options of the command that trains it; it leaves with a message where one is not to be had."""
-    setting, method = SETTINGS[run.dataset], METHODS[run.method]
-    argv = [
-        "--dataset", run.dataset, "--arch", run.arch, "--seed", str(run.seed), "--split-seed", str(SPLIT_SEED),
-        "--validation", str(setting.validation), "--resume", "--out", str(_network(run, root).parent),
-        *shlex.split(setting.options),
-    ]  # fmt: skip
-    if run.method == "clean":
-        argv += ["--epochs", str(setting.teacher_epochs)]
-    else:
-        teacher = _network(replace(run, method="clean"), root)
-        argv += ["--epochs", str(setting.epochs * method.longer), "--teacher", str(teacher)]
-        argv += ["--eps", str(run.eps), "--apgd-check", "0"]
-    return train.parse([*argv, *shlex.split(method.options), *shlex.split(extra)])
-
-
-def _network(run: Run, root: Path) -> Path:
-    """Of its last epoch. All "clean" runs of a seed share the teacher's."""
-    folder = root / run.name if run.method != "clean" else root / run.dataset / run.arch / f"teacher-seed{run.seed}"
-    return folder / NETWORK
+def _folder(run: Run, root: Path) -> Path:
+    """Of its network. All "clean" runs of a seed share the teacher's, whatever their eps."""
+    return root / run.name if run.method != "clean" else root / run.dataset / run.arch / f"teacher-seed{run.seed}"
 
 
 def _save(run: Run, root: Path, record: dict[str, Any]) -> None:

@@ -25,27 +25,19 @@ def run_all(
     label: str,
     done: Callable[[], None],
 ) -> dict[Item, str]:
-    """Do the work on every item, `jobs` at a time; return what failed, and why.
+    """Do the picklable work on every item, `jobs` at a time; return what failed, and why.
 
-    Args:
-        work: a picklable function.
-        stages: one after the other, the items of each in their order and side by side.
-        log: the file that takes what the work on an item prints.
-        jobs: processes.
-        label: of the progress bar.
-        done: called here after every item.
-
-    Ctrl-C and SIGTERM end the processes by SIGTERM, upon which a training saves itself.
+    Stage follows stage; the items of each begin in their order. What the work prints goes to the item's log. `done` is
+    called here after every item. Ctrl-C and SIGTERM end the processes by SIGTERM, upon which a training saves itself.
     """
-    failed: dict[Item, str] = {}
-    running: set[BaseProcess] = set()
-    lock, stopping = threading.Lock(), False
     # Not forked from this process, where threads run: a fork may hang then. From a server that has imported all and
     # started nothing: runs need not import torch again, which takes some seconds.
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
         context.set_forkserver_preload(["benchmarks.study.one_run"])
+    running: set[BaseProcess] = set()
+    lock, stopping = threading.Lock(), False
 
     def in_process(item: Item) -> str:
         """What went wrong; "" if nothing did."""
@@ -64,7 +56,8 @@ def run_all(
         text = path.read_text(errors="replace").strip() if path.exists() else ""
         return f"{text.splitlines()[-1] if text else 'it died'} (exit code {process.exitcode}, see {path})"
 
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    failed: dict[Item, str] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with tqdm(total=sum(map(len, stages)), desc=label, unit="run") as bar, ThreadPoolExecutor(jobs) as threads:
             try:
@@ -88,8 +81,7 @@ def run_all(
 
 
 def _work(work: Callable[[Item], None], item: Item, path: Path) -> None:
-    """In the new process: what is printed goes to the end of the file; Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout = sys.stderr = open(path, "a", buffering=1)
     work(item)
@@ -100,7 +92,3 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

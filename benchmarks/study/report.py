@@ -95,10 +95,8 @@ def all_figures(runs: pd.DataFrame, curves: pd.DataFrame, claims: Sequence[Claim
     """Those that can be drawn, by name of file."""
     drawn = {"sweeps": figures.sweeps(runs), "trade_off": figures.trade_off(runs, claims)}
     for dataset in grid.SETTINGS:
-        found = records.select(curves, dataset)
-        drawn[f"collapse_and_rescue-{dataset}"] = figures.collapse_and_rescue(found)
-        drawn[f"errors_per_epoch-{dataset}"] = figures.errors_per_epoch(found)
-        drawn[f"weights-{dataset}"] = figures.weights(found)
+        for draw in (figures.collapse_and_rescue, figures.errors_per_epoch, figures.weights):
+            drawn[f"{draw.__name__}-{dataset}"] = draw(curves, dataset)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -115,9 +113,9 @@ def study_blocks(results: Results) -> dict[str, str]:
             own = runs[(runs["dataset"] == dataset) & (runs["arch"] == setting.arch)]
             blocks[f"main-{dataset}"] += f"\n{setting.validation} validation images; {tables.provenance(own)}"
     blocks |= {
-        "ablation": tables.ablation_table(runs),
-        "tau": tables.sweep_table(runs, "tau", grid.TAU_SWEEP),
-        "beta": tables.sweep_table(runs, "beta", grid.BETA_SWEEP),
+        "ablation": tables.paper_table(runs, {name: name for name in grid.ABLATION}, "method", tables.ABOUT),
+        "tau": tables.paper_table(runs, grid.TAU_SWEEP, "tau"),
+        "beta": tables.paper_table(runs, grid.BETA_SWEEP, "beta"),
         "capacity": _captioned(lambda dataset, _: tables.capacity_table(runs, dataset), radii=1),
         "test": _captioned(lambda dataset, eps: tables.test_table(runs, dataset, eps)),
         "claims": tables.claims_table(runs, FIRST, len(FIRST)),

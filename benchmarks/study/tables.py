@@ -25,12 +25,12 @@ def accuracy(measure: str, head: str | None = None) -> Column:
     return head or NAMES[measure], lambda _, runs: percent(runs[measure])
 
 
+ACCURACIES = (accuracy("natural"), accuracy("pgd20"), accuracy("apgd"))
+
+
 def gap(measure: str) -> Column:
     """How far a measure stays above APGD, run by run: a sign of gradient masking."""
-    return (
-        f"{NAMES.get(measure, measure)} − APGD",
-        lambda _, runs: mean_of(100 * (runs[measure] - runs["apgd"])),
-    )
+    return f"{NAMES[measure]} − APGD", lambda _, runs: mean_of(100 * (runs[measure] - runs["apgd"]))
 
 
 def listing(
@@ -66,8 +66,8 @@ def main_table(
 ) -> str:
     """A line a method, of SHOWN and more: accuracies on the validation images, then signs of gradient masking."""
     zero: Column = ("zero gradients, %", lambda _, runs: f"{100 * runs['zero_gradients'].mean():.1f}")
-    columns = [accuracy("natural"), accuracy("pgd20"), accuracy("apgd"), gap("pgd20"), gap("cw30"), gap("transfer")]
-    return listing(by_method(select(records, dataset, eps, arch), (*SHOWN, *more)), [*columns, zero, SEEDS])
+    groups = by_method(select(records, dataset, eps, arch), (*SHOWN, *more))
+    return listing(groups, [*ACCURACIES, gap("pgd20"), gap("cw30"), gap("transfer"), zero, SEEDS])
 
 
 def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: str = BASELINE) -> str:
@@ -85,8 +85,8 @@ def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: s
     shown = sum(len(differences) > 1 for differences in pairs.values())
 
     def column(measure: str) -> Column:
-        cell = lambda method, _: difference(interval(pairs[method, measure], max(1, shown)))  # noqa: E731
-        return f"{NAMES[measure]} − {against}", cell
+        head = f"{NAMES[measure]} − {against}"
+        return head, lambda method, _: difference(interval(pairs[method, measure], max(1, shown)))
 
     groups = {method: runs for method, runs in groups.items() if len(pairs[method, "apgd"])}
     count: Column = ("pairs", lambda method, _: len(pairs[method, "apgd"]))
@@ -111,23 +111,11 @@ def search_table(records: pd.DataFrame, dataset: str) -> str:
     return listing(by_method(found, grid.SEARCH), [*columns, SEEDS])
 
 
-def ablation_table(records: pd.DataFrame, dataset: str = "digits") -> str:
-    """The paper's Table 3a: the recipe with a part less each."""
-    return _paper(records, dataset, {method: method for method in grid.ABLATION}, "method", ABOUT)
-
-
-def sweep_table(records: pd.DataFrame, name: str, sweep: Mapping[str, int], dataset: str = "digits") -> str:
-    """The paper's Tables 3b and 3c: a line a temperature of the teacher, or a weight of the consistency."""
-    return _paper(records, dataset, sweep, name)
-
-
-def _paper(records: pd.DataFrame, dataset: str, labels: Mapping[str, object], head: str, *more: Column) -> str:
-    """A line a method under its label, at the data set's first radius, once there are two of them."""
-    groups = by_method(select(records, dataset), labels)
-    if len(groups) < 2:
-        return ""
-    columns = [*more, accuracy("natural"), accuracy("pgd20"), accuracy("apgd"), SEEDS]
-    return listing({method: groups.get(method, records[:0]) for method in labels}, columns, head, labels)
+def paper_table(records: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
+    """The paper's Tables 3a, 3b and 3c on digits: a line a method under its label, once there are two of them."""
+    groups = by_method(select(records, "digits"), labels)
+    groups = {method: groups.get(method, records[:0]) for method in labels} if len(groups) > 1 else {}
+    return listing(groups, [*more, *ACCURACIES, SEEDS], head, labels)
 
 
 def capacity_table(records: pd.DataFrame, dataset: str) -> str:
@@ -220,18 +208,15 @@ def agreement_table(
     key = ["method", "arch", "seed", "epochs", "split_seed"]
     sides = (select(records, dataset, eps, arch) for records in (here, there))
     both = pd.merge(*sides, on=key, suffixes=("", "_there"))
-    gaps = both.assign(**{measure: 100 * (both[measure] - both[f"{measure}_there"]) for measure in ("natural", "apgd")})
-    groups = by_method(gaps, SHOWN)
-    others = {method: of for method, of in groups.items() if of[["natural", "apgd"]].abs().max(axis=None) > 1e-3}
-    if not others:
-        return f"All {len(both)} runs that {name} has too gave the same numbers.\n" if groups else ""
-    shown = 2 * sum(len(of) > 1 for of in others.values())
-    lines = [
-        [method, *(difference(interval(of[measure], max(1, shown))) for measure in ("natural", "apgd")), len(of)]
-        for method, of in others.items()
-    ]
-    same = "" if len(others) == len(groups) else "\nAll other methods gave the same numbers.\n"
-    return markdown([f"less {name}", "natural", "APGD", "pairs"], lines) + level(shown) + same
+    shown = 2 * int((both["method"].value_counts() > 1).sum())
+
+    def column(measure: str) -> Column:
+        gap = 100 * (both[measure] - both[f"{measure}_there"])
+        return NAMES[measure], lambda _, runs: difference(interval(gap[runs.index], max(1, shown)))
+
+    pairs: Column = ("pairs", lambda _, runs: len(runs))
+    groups = by_method(both, SHOWN)
+    return listing(groups, [column("natural"), column("apgd"), pairs], f"less {name}") + level(shown)
 
 
 def provenance(records: pd.DataFrame) -> str:
