@@ -97,10 +97,11 @@ def study(options: Options) -> int:
             work = partial(read_test, autoattack_images=options.autoattack_images)
             failed |= side_by_side(work, [unread(runs, root, options.autoattack_images)], f"{dataset}: test")
     here, there = finished(root)[0], report.load().runs
-    for dataset, eps in ((dataset, eps) for dataset in grids for eps in SETTINGS[dataset].eps):
-        if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
-            print(f"\n{dataset}, eps {eps:g}, validation images\n\n{table}")
-            print(tables.agreement_table(here, there, dataset, eps, "0.1.0", options.arch))
+    for dataset in grids:
+        for eps in SETTINGS[dataset].eps:
+            if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
+                print(f"\n{dataset}, eps {eps:g}, validation images\n\n{table}")
+                print(tables.agreement_table(here, there, dataset, eps, "0.1.0", options.arch))
     for run, why in failed.items():
         print(f"failed: {run.name}: {why}", file=sys.stderr)
     return 1 if failed else 0

@@ -47,7 +47,8 @@ def paired_differences(records: pd.DataFrame, method: str, against: str, measure
     )
     for name, side in ((method, ours), (against, theirs)):
         if not side.index.is_unique:
-            twice = ", ".join(f"{column} {value}" for column, value in zip(key, side.index[side.index.duplicated()][0]))
+            first = side.index[side.index.duplicated()][0]
+            twice = ", ".join(f"{column} {value}" for column, value in zip(key, first, strict=True))
             raise ValueError(f"records must hold a run once, got two of {name} with {twice}")
     return 100 * (ours - theirs).dropna()
 

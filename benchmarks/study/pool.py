@@ -83,7 +83,7 @@ def run_all(
 def _work(work: Callable[[Item], None], item: Item, path: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.stdout = sys.stderr = open(path, "a", buffering=1)
+    sys.stdout = sys.stderr = open(path, "a", buffering=1)  # noqa: SIM115 (as long as the process)
     work(item)
 
 

@@ -70,7 +70,7 @@ def read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     table = pd.read_csv(path, dtype=_types(columns))
     if [*table.columns] != [*columns]:
         raise ValueError(f"{path} must have the columns {', '.join(columns)}; got {', '.join(table.columns)}")
-    return table.fillna({name: "" for name in _TEXTS & {*columns}})
+    return table.fillna(dict.fromkeys(_TEXTS & {*columns}, ""))
 
 
 def write(path: Path, table: pd.DataFrame) -> None:

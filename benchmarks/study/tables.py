@@ -5,9 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 
 from benchmarks.study import grid
-from benchmarks.study.cells import (
-    NAMES, counts, difference, level, markdown, mean_of, measured, named, percent, radius,
-)  # fmt: skip
+from benchmarks.study.cells import NAMES, counts, difference, level, markdown, mean_of, measured, named, percent, radius
 from benchmarks.study.claims import MEASURES, Claim, measures
 from benchmarks.study.paired import interval, paired_differences
 from benchmarks.study.records import by_method, select
