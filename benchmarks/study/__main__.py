@@ -96,7 +96,8 @@ def study(options: Options) -> int:
         if options.final:
             work = partial(read_test, autoattack_images=options.autoattack_images)
             failed |= side_by_side(work, [unread(runs, root, options.autoattack_images)], f"{dataset}: test")
-    here, there = finished(root)[0], report.load().runs
+    here, published = finished(root)[0], report.RESULTS / "runs.csv"
+    there = records.read(published, records.RUN) if published.exists() else here[:0]  # a source distribution has none
     for dataset in grids:
         for eps in SETTINGS[dataset].eps:
             if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
