@@ -13,9 +13,10 @@ import csv
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +26,17 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from clock import Clock
 from models import build
-from options import Group, Number, device_name, manual
 from pgd import eval_mode, pgd
+from runtime import Clock, UserError, device_of, number, parse
 
-from cktat_loss import CKTATLoss, adaptive_beta
+from cktat_loss import CKTATLoss
 
 PHASES = ("attack", "teacher", "student")  # the student's forward and backward, with the optimizer's step
 EPS, STEP, BETA, CLASSES = 8 / 255, 2 / 255, 6.0, 10
 Rounds = dict[str, list[dict[str, float]]]  # by contender, the seconds of each phase in each round
 
-# For the estimate of hours: CIFAR-10 without 1000 validation images, and the epochs of train_clean.py, train_cktat.py.
+# For the estimate of hours: CIFAR-10 without 1000 validation images, and the epochs of train.py.
 IMAGES, CLEAN_EPOCHS, EPOCHS = 49_000, 100, 110
 PEAK, SHARE = 312e12, 0.4  # dense bf16 FLOP/s of an A100 by its data sheet, and how much of it we assume to be reached
 
@@ -55,7 +55,7 @@ class Bench:
         self.y = torch.randint(CLASSES, (batch,), device=device)
         self.steps, self.clock = steps, clock
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        self.criterion = CKTATLoss(self.model, tau=2.0, detach_clean=True)
+        self.criterion = CKTATLoss(self.model, tau=2.0, beta=BETA, adaptive=True, detach_clean=True)
 
     @property
     def contenders(self) -> dict[str, Callable[[], None]]:
@@ -78,12 +78,8 @@ class Bench:
             teacher_logits = self.criterion.teacher(self.x)
         with self.clock("student"):
             clean_logits, adv_logits = self.model(torch.cat([self.x, x_adv])).chunk(2)
-            beta = adaptive_beta(adv_logits, self.y, beta=BETA)
-            self._descend(
-                self.criterion(
-                    clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits, beta=beta
-                )
-            )
+            logits = {"clean_logits": clean_logits, "adv_logits": adv_logits, "teacher_logits": teacher_logits}
+            self._descend(self.criterion(**logits, y=self.y))
 
     def trades(self) -> None:
         with self.clock("attack"), eval_mode(self.model):
@@ -211,30 +207,49 @@ def count_flops(bench: Bench) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = manual(__doc__)
-    group = Group(parser, "what to measure")
-    group.option("--arch", str, "resnet18", "of examples/models.py", metavar="NAME")
-    group.option("--batch", Number(int, 1, 10**6), 32, "images a step", metavar="IMAGES")
-    group.option("--size", Number(int, 1, 10**4), 32, "height and width of the images", metavar="PIXELS")
-    group.option("--steps", Number(int, 1, 1000), 10, "of the attack", metavar="N")
-    group.switch("--flops", "count operations instead of measuring time")
-    group = Group(parser, "how")
-    group.option("--rounds", Number(int, 1, 10**6), 7, "timed steps of each contender", metavar="N")
-    group.option("--threads", Number(int, 1, 1024), 1, "of the CPU", metavar="N")
-    group.option("--device", device_name, "cpu", "auto, cpu, cuda, ...", metavar="NAME")
-    out = Path(__file__).parent / "results" / "step.csv"
-    group.option("--out", Path, out, "CSV file of the times", shown="benchmarks/results/step.csv", metavar="FILE")
-    args = parser.parse_args(argv)
+@dataclass
+class MeasureOptions:
+    arch: str = "resnet18"
+    """of examples/models.py"""
+    batch: Annotated[int, number(int, 1, 1e6)] = 32
+    """images a step"""
+    size: Annotated[int, number(int, 1, 1e4)] = 32
+    """height and width of the images"""
+    steps: Annotated[int, number(int, 1, 1000)] = 10
+    """of the attack"""
+    flops: bool = False
+    """count operations instead of measuring time"""
+
+
+@dataclass
+class HowOptions:
+    rounds: Annotated[int, number(int, 1, 1e6)] = 7
+    """timed steps of each contender"""
+    threads: Annotated[int, number(int, 1, 1024)] = 1
+    """of the CPU"""
+    device: str = "cpu"
+    """auto, cpu, cuda, ..."""
+    out: Path = Path(__file__).parent / "results" / "step.csv"
+    """CSV file of the times"""
+
+
+@dataclass
+class Options(MeasureOptions, HowOptions):
+    """All of them."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(Options, sys.argv[1:] if argv is None else argv, about=__doc__)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     # Of one thread, the CPU's time: what else runs on the machine does not count.
-    cpu_time = args.device.type == "cpu" and args.threads == 1
-    clock = Clock(args.device, time.process_time if cpu_time else time.perf_counter)
     try:
-        bench = Bench(args.arch, args.batch, args.size, args.steps, clock, args.device)
-    except ValueError as error:
-        parser.error(str(error))
+        device = device_of(args.device)
+        cpu_time = device.type == "cpu" and args.threads == 1
+        clock = Clock(device, time.process_time if cpu_time else time.perf_counter)
+        bench = Bench(args.arch, args.batch, args.size, args.steps, clock, device)
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
     where = {
         "arch": args.arch,
@@ -244,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         "rounds": args.rounds,
         "clock": "CPU time" if cpu_time else "wall clock",
         "threads": args.threads,
-        "device": str(args.device),
+        "device": str(device),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "python": platform.python_version(),

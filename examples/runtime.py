@@ -358,7 +358,8 @@ def parse(options: type[T], argv: Sequence[str], *, about: str | None) -> T:
         return options(**{name: value for part in vars(found).values() for name, value in vars(part).items()})
 
     found = read(argv)
-    return found if found.config is None else read([*_from_file(found.config, options), *argv])
+    file = getattr(found, "config", None)
+    return found if file is None else read([*_from_file(file, options), *argv])
 
 
 def _negated(word: str, options: type) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ on the adversarial images x'; then descend, with the recipe adaptive or literal,
 evaluate.py attacks the result, plot_run.py draws the log. Ctrl-C and SIGTERM leave a run that --resume continues.
 """
 
+from __future__ import annotations  # the options stand last
+
 import importlib.util
 import json
 import math
@@ -50,350 +52,7 @@ from tqdm import tqdm
 
 from cktat_loss import CKTATLoss, warm_start
 
-# Options: each class is a part of --help, each field an option, and its docstring what --help says of it.
-
-
-@dataclass
-class DataOptions:
-    dataset: Name = "cifar10"
-    """imagefolder has ImageNet's layout; digits, mnist5k and fake need no files"""
-    data: Path = Path("data")
-    """folder of the data set's files"""
-    download: bool = False
-    """fetch what is missing into --data"""
-    validation: Annotated[int | None, number(int, 1, 1e6), default("1000; mnist5k 500, digits 200, fake 128")] = None
-    """training images held out to choose best.pt, the guard against robust overfitting (Rice et al. 2020)"""
-    split_seed: Annotated[int, number(int, 0, 2**32 - 1)] = 0
-    """draws the images held out, for teacher and student alike; of digits and mnist5k the test images too"""
-    no_augmentation: bool = False
-    """train on the images without random crops and flips, as digits always are"""
-    train_samples: Annotated[int | None, number(int, 2, 1e8), default("all")] = None
-    """train on the first so many images only, for a trial"""
-
-
-@dataclass
-class MethodOptions:
-    """Each ablation of the paper is a switch. A term that is left out of the loss is logged still."""
-
-    method: Literal["clean", "cktat", "trades", "pgd-at"] = "cktat"
-    """clean trains a teacher, cktat its student; trades (Zhang et al. 2019) and pgd-at (Madry et al. 2018) compare"""
-    teacher: Annotated[Path | None, default("none")] = None
-    """a run of --method clean or a file of weights; cktat needs one, trades and pgd-at start from it if given"""
-    arch: Annotated[str | None, default("the teacher's; or digits for digits and mnist5k, else resnet18")] = None
-    """resnet18, preact-resnet18, wrn-34-10, wrn-DEPTH-WIDTH, digits, digits-WIDTH, torchvision:NAME or timm:NAME"""
-    recipe: Annotated[Literal["adaptive", "literal"] | None, default("adaptive")] = None
-    """adaptive, our remedy: --tau 2 --beta 6 --detach-clean --adaptive-beta; literal, Eq. 17 of the paper, which can
-collapse to a constant prediction: --tau 5 --beta 6 --no-detach-clean --no-adaptive-beta"""
-    tau: Annotated[float | None, number(float, 0.01, 100), default("the recipe's")] = None
-    """temperature, softens the teacher"""
-    beta: Annotated[float | None, number(float, 0, 1000), default("the recipe's; trades 6")] = None
-    """weight of the consistency term, which TRADES has too"""
-    detach_clean: Annotated[bool | None, EITHER, default("the recipe's", aliases=["--no-detach-clean"])] = None
-    """no gradient through S(x) in the consistency term: S(x') moves towards S(x), never the reverse"""
-    adaptive_beta: Annotated[bool | None, EITHER, default("the recipe's", aliases=["--no-adaptive-beta"])] = None
-    """weigh the consistency of each sample by beta times the probability of its label under attack"""
-    beta_ramp: Annotated[float, number(float, 0, 1)] = 0.0
-    """share of the training in which beta rises from 0, so that guidance comes first"""
-    no_warm_start: bool = False
-    """start the student from random weights, not the teacher's"""
-    no_guidance: bool = False
-    """leave the teacher's term out of the loss; a constant prediction is its optimum then"""
-    no_consistency: bool = False
-    """leave the second term out of the loss: beta is 0"""
-    two_forwards: bool = False
-    """run x and x' through S one after the other, as TRADES' code does; together was the more robust on small data"""
-    awp: Annotated[float, number(float, 0, 1)] = 0.0
-    """adversarial weight perturbation (Wu et al. 2020), a share of each weight's norm: 0.005 is usual, 0 is none"""
-
-
-@dataclass
-class AttackOptions:
-    """PGD, in training and in validation, with the field's usual budget. Numbers can be given as 8/255."""
-
-    norm: Norm = "linf"
-    """what eps bounds: the change of each pixel (linf), or its length over the image (l2)"""
-    eps: Annotated[float | None, number(fraction, 0, 100, above=True), default("8/255; with l2 128/255")] = None
-    """largest change, in pixel values where 1 is black to white"""
-    step_size: Annotated[float | None, number(fraction, 0, 100, above=True), default("a quarter of eps")] = None
-    """how far a step goes, in the same units"""
-    steps: Annotated[int, number(int, 1, 1000)] = 10
-    """steps of the attack; each costs a forward and a backward"""
-    eps_ramp: Annotated[float, number(float, 0, 1)] = 0.0
-    """share of the training in which eps rises from a hundredth of it; validation attacks with all of it"""
-    apgd_check: Annotated[int, number(int, 0, 1e6)] = 256
-    """validation images on which best.pt meets APGD-CE at the end: a look for gradient masking. 0 is none"""
-
-
-@dataclass
-class OptimisationOptions:
-    """SGD. The defaults are the field's usual recipe, not the paper's: the summary of it that we have gives none."""
-
-    epochs: Annotated[int | None, number(int, 1, 100_000), default("110; clean 100")] = None
-    """passes over the training images"""
-    batch_size: Annotated[int, number(int, 2, 1e6)] = 128
-    """images a step, of all processes together, so that --lr need not follow their number"""
-    lr: Annotated[float, number(float, 0, 100, above=True)] = 0.1
-    """learning rate at the start"""
-    schedule: Literal["piecewise", "cosine"] = "piecewise"
-    """of the learning rate: a tenth of it from each of --lr-drops on, or half a cosine down to 0"""
-    lr_drops: Annotated[
-        tuple[float, ...] | None,
-        number(float, 0, 100_000, above=True, several=True),
-        default("100,105 of 110; clean 75,90 of 100; in proportion to --epochs"),
-    ] = None
-    """epochs of the piecewise drops"""
-    lr_warmup: Annotated[float, number(float, 0, 1)] = 0.0
-    """share of the training in which the learning rate rises from 0; short runs from a warm start need some 0.2"""
-    momentum: Annotated[float, number(float, 0, 0.9999)] = 0.9
-    """share of the last step kept in the next"""
-    nesterov: bool = False
-    """Nesterov's form of momentum"""
-    weight_decay: Annotated[float, number(float, 0, 1)] = 5e-4
-    """weight decay of every parameter; the field's value on CIFAR"""
-    ema: Annotated[float, number(float, 0, 0.99999)] = 0.0
-    """decay of a moving average of the weights, which is then validated and used: 0.999 for instance, 0 is none"""
-
-
-@dataclass
-class HardwareOptions:
-    device: str = "auto"
-    """auto (an accelerator if there is one), cpu, cuda, mps, ..."""
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    """mixed precision in attack and training; fp16 has loss scaling. Validation stays in float32"""
-    compile: bool = False
-    """torch.compile the model: minutes at the start, faster steps after"""
-    channels_last: bool = False
-    """NHWC memory format, faster for convolutions in mixed precision"""
-    workers: Annotated[int, number(int, 0, 1024)] = 0
-    """processes that load images; a GPU waits without some. 0: none but this"""
-    threads: Annotated[int | None, number(int, 1, 1024), default("torch's own")] = None
-    """CPU threads of each process"""
-
-
-@dataclass
-class RunOptions:
-    """The folder gets config.json, log.csv (a line an epoch), last.pt (to resume) and best.pt (to use)."""
-
-    out: Annotated[Path | None, default("out/student; clean out/teacher")] = None
-    """folder of the run, made if missing"""
-    resume: bool = False
-    """continue from last.pt in --out, if there is one, with the other options as they were: on a CPU to the bit"""
-    save_every: Annotated[int, number(int, 0, 1e9)] = 0
-    """write last.pt also every so many steps; 0: after each epoch only. SIGTERM saves in any case"""
-    seed: Annotated[int, number(int, 0, 2**32 - 1)] = 0
-    """draws weights, order, augmentation and attacks"""
-    tensorboard: bool = False
-    """write the log for TensorBoard too, into --out"""
-    config: Annotated[Path | None, default("none")] = None
-    """JSON file of options, such as the config.json of a run; those given beside it come first"""
-
-
-@dataclass
-class Config(DataOptions, MethodOptions, AttackOptions, OptimisationOptions, HardwareOptions, RunOptions):
-    """All options of a run, by the names that they have on the command line, with _ for -."""
-
-
-class Recipe(NamedTuple):
-    """How the two terms of CKTAT are balanced."""
-
-    tau: float
-    beta: float
-    detach_clean: bool
-    adaptive_beta: bool
-
-
-RECIPES = {
-    "adaptive": Recipe(2.0, 6.0, detach_clean=True, adaptive_beta=True),
-    "literal": Recipe(5.0, 6.0, detach_clean=False, adaptive_beta=False),
-}
-VALIDATION = {"digits": 200, "mnist5k": 500, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
-AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_OF_CKTAT = ("recipe", "tau", "detach_clean", "adaptive_beta", "no_guidance", "no_consistency")
-_OF_ATTACKS = ("eps", "step_size", "eps_ramp", "awp", "two_forwards", "beta", "beta_ramp")
-NOT_FOR = {
-    "clean": (*_OF_CKTAT, *_OF_ATTACKS, "teacher", "no_warm_start"),
-    "cktat": (),
-    "trades": _OF_CKTAT,
-    "pgd-at": (*_OF_CKTAT, "beta", "beta_ramp", "two_forwards"),
-}
-# What a resumed run may change: no weight depends on it.
-FREE = {"out", "resume", "data", "download", "workers", "threads", "save_every", "tensorboard", "apgd_check", "config"}
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """The options of a command line, resolved. A mistake in one ends the process, with code 2."""
-    return resolved(runtime.parse(Config, sys.argv[1:] if argv is None else argv, about=__doc__))
-
-
-def resolved(config: Config) -> Config:
-    """The options with every default filled in that depends on others.
-
-    Raises:
-        UserError: they contradict each other, or need what is not here. Better now than after hours.
-    """
-    _check(config)
-    clean, filled = config.method == "clean", replace(config)
-    filled.validation = config.validation or VALIDATION.get(config.dataset, 1000)
-    filled.epochs = config.epochs or (100 if clean else 110)
-    filled.out = config.out or Path("out", "teacher" if clean else "student")
-    if config.schedule == "piecewise" and config.lr_drops is None:
-        filled.lr_drops = tuple(drop * filled.epochs for drop in ((0.75, 0.90) if clean else (100 / 110, 105 / 110)))
-    if not clean:
-        filled.eps = config.eps or EPS[config.norm]
-        filled.step_size = config.step_size or filled.eps / 4  # the field's usual
-    if config.method == "cktat":
-        filled.recipe = config.recipe or "adaptive"
-        for name, value in RECIPES[filled.recipe]._asdict().items():
-            if getattr(config, name) is None:
-                setattr(filled, name, value)
-    if config.method == "trades" and config.beta is None:
-        filled.beta = 6.0  # its authors' choice
-    if config.no_consistency:
-        filled.beta = 0.0
-    return filled
-
-
-def _check(config: Config) -> None:
-    given = {name for name, value in asdict(config).items() if value not in (None, False, 0)}
-    conflicts = [
-        *((name in given, name, f"is not for --method {config.method}") for name in NOT_FOR[config.method]),
-        (
-            config.method == "cktat" and not config.teacher,
-            "teacher",
-            "is needed by --method cktat; --method clean trains one",
-        ),
-        (
-            config.no_warm_start and not config.teacher,
-            "no_warm_start",
-            "needs --teacher, whose weights are not to be taken",
-        ),
-        (config.no_consistency and config.no_guidance, "no_consistency", "leaves no loss together with --no-guidance"),
-        *(
-            (config.no_consistency and name in given, name, "weighs what --no-consistency leaves out: give one of them")
-            for name in ("beta", "beta_ramp")
-        ),
-        (config.schedule == "cosine" and "lr_drops" in given, "lr_drops", "is for --schedule piecewise, got cosine"),
-        (config.nesterov and not config.momentum, "nesterov", "needs --momentum above 0"),
-        (
-            config.amp != "none" and not torch.amp.is_autocast_available(runtime.device_of(config.device).type),
-            "amp",
-            f"got {config.amp!r}, but {config.device} has no mixed precision",
-        ),
-        (
-            config.tensorboard and not importlib.util.find_spec("tensorboard"),
-            "tensorboard",
-            "its package is not installed: pip install 'cktat-loss[tensorboard]'",
-        ),
-        (
-            config.method != "clean" and config.apgd_check and not importlib.util.find_spec("pyautoattack"),
-            "apgd_check",
-            "its package is not installed: pip install pyautoattack, or give 0",
-        ),
-    ]
-    for wrong, name, why in conflicts:
-        if wrong:
-            raise UserError(f"--{name.replace('_', '-')}: {why}")
-    for name in ("eps", "step_size"):
-        try:
-            check_length(f"--{name.replace('_', '-')}", getattr(config, name) or 0, config.norm)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-
-# Schedules: functions of progress, the share of the training that is done, in [0, 1). They have no state, so a resumed
-# run needs to know nothing but where it stopped.
-
-
-def ramp(progress: float, fraction: float) -> float:
-    """From 0 up to 1 along a line over the first `fraction` of the training; 1 throughout where that is 0."""
-    return min(1.0, progress / fraction) if fraction > 0 else 1.0
-
-
-def learning_rate(config: Config, progress: float, steps: int) -> float:
-    """Of a training of so many steps."""
-    if config.schedule == "cosine":  # Loshchilov and Hutter 2017, without restarts
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        share = 0.1 ** sum(progress >= drop / config.epochs for drop in config.lr_drops)
-    return config.lr * share * ramp(progress + 1 / steps, config.lr_warmup)
-
-
-# The training.
-
-
-class State:
-    """What a run works with, and all that its steps change, which last.pt holds.
-
-    `model` is the plain module: attack, validate and save that. `network` is what to train: the same, or the same
-    within DistributedDataParallel.
-    """
-
-    def __init__(self, config: Config, data: Data, model: nn.Module, ranks: Ranks) -> None:
-        self.config, self.data, self.ranks = config, data, ranks
-        self.train_set = Subset(data.train, range(min(config.train_samples or sys.maxsize, len(data.train))))
-        self.steps = len(self.train_set) // config.batch_size  # of an epoch
-        if config.batch_size % ranks.world:
-            raise UserError(f"--batch-size must be a multiple of the {ranks.world} processes, got {config.batch_size}")
-        if not self.steps:
-            images = len(self.train_set)
-            raise UserError(f"--batch-size must be at most the {images} training images, got {config.batch_size}")
-        self.memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        self.model = self.network = model.to(ranks.device, memory_format=self.memory_format)
-        if config.compile:
-            model.compile()  # in place: no wrapper gets into the names of a checkpoint
-        if ranks.world > 1:
-            # With broadcast_buffers, each forward first overwrites the BatchNorm statistics by those of rank 0. The
-            # second of two train-mode forwards, S(x) and S(x'), so changes in place what the first one saved for its
-            # backward, which autograd refuses wherever it notices. Here each process keeps its own statistics, and
-            # rank 0's are validated.
-            gpu = [ranks.device] if ranks.device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=gpu, broadcast_buffers=False)
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
-        self.ema: AveragedModel | None = None
-        if config.ema:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-        self.epoch = self.batch = 0  # how many are done
-        self.best = -math.inf
-        self.history: list[Row] = []
-        self.sums = torch.zeros(len(Terms._fields), device=ranks.device)  # of the terms over the running epoch
-        self.seconds: Counter[str] = Counter()  # of its phases
-        self.clock = runtime.Clock(ranks.device)
-        self.termination = runtime.Termination()
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """What is validated and used: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def settings(self, batch: int) -> dict[str, float]:
-        """What changes with progress, for a batch of the running epoch, by its name in the log."""
-        config = self.config
-        progress = (self.epoch + batch / self.steps) / config.epochs
-        settings = {"lr": learning_rate(config, progress, self.steps * config.epochs)}
-        if config.method != "clean":
-            settings["eps"] = config.eps * max(0.01, ramp(progress, config.eps_ramp))  # so that no step is 0
-            settings["beta"] = (config.beta or 0.0) * ramp(progress, config.beta_ramp)
-        return settings
-
-    def autocast(self) -> torch.autocast:
-        """Mixed precision, if it was asked for."""
-        return torch.autocast(self.ranks.device.type, AMP[self.config.amp], enabled=self.config.amp != "none")
-
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """Of the terms that the method has."""
-        means = (sums / self.batch).tolist()
-        return {name: mean for name, mean in zip(Terms._fields, means, strict=True) if not math.isnan(mean)}
-
-
-NewMethod = Callable[[Config, nn.Module | None], Method]
+# The loop.
 
 
 def run(config: Config, ranks: Ranks, new_method: NewMethod | None = None) -> None:
@@ -540,16 +199,10 @@ def update(state: State) -> None:
 def batches(state: State, *, train: bool) -> DataLoader[tuple[Tensor, Tensor]]:
     """Of the running epoch from where it stands, this process's share; or all of the validation images."""
     ranks, config = state.ranks, state.config
-    place = {"start_batch": state.batch, "rank": ranks.rank, "world": ranks.world} if train else {}
-    found = loader(
-        state.train_set if train else state.data.validation,
-        batch=config.batch_size // ranks.world,
-        seed=config.seed,
-        epoch=state.epoch,
-        workers=config.workers,
-        train=train,
-        **place,
-    )
+    how = {"batch": config.batch_size // ranks.world, "seed": config.seed, "workers": config.workers}
+    if train:
+        how |= {"start_batch": state.batch, "rank": ranks.rank, "world": ranks.world}
+    found = loader(state.train_set if train else state.data.validation, epoch=state.epoch, train=train, **how)
     found.worker_init_fn = runtime.ignore_sigterm
     return found
 
@@ -596,6 +249,178 @@ def line(row: Row, epochs: int) -> str:
         f"({part('.1f', attack='attack_seconds', teacher='teacher_seconds', student='student_seconds')}) "
         f"+ {row['validation_seconds']:.1f} s"
     )
+
+
+# What it works with.
+
+AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class State:
+    """What a run works with, and all that its steps change, which last.pt holds.
+
+    `model` is the plain module: attack, validate and save that. `network` is what to train: the same, or the same
+    within DistributedDataParallel.
+    """
+
+    def __init__(self, config: Config, data: Data, model: nn.Module, ranks: Ranks) -> None:
+        self.config, self.data, self.ranks = config, data, ranks
+        self.train_set = Subset(data.train, range(min(config.train_samples or sys.maxsize, len(data.train))))
+        self.steps = len(self.train_set) // config.batch_size  # of an epoch
+        if config.batch_size % ranks.world:
+            raise UserError(f"--batch-size must be a multiple of the {ranks.world} processes, got {config.batch_size}")
+        if not self.steps:
+            images = len(self.train_set)
+            raise UserError(f"--batch-size must be at most the {images} training images, got {config.batch_size}")
+        self.memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model = self.network = model.to(ranks.device, memory_format=self.memory_format)
+        if config.compile:
+            model.compile()  # in place: no wrapper gets into the names of a checkpoint
+        if ranks.world > 1:
+            # With broadcast_buffers, each forward first overwrites the BatchNorm statistics by those of rank 0. The
+            # second of two train-mode forwards, S(x) and S(x'), so changes in place what the first one saved for its
+            # backward, which autograd refuses wherever it notices. Here each process keeps its own statistics, and
+            # rank 0's are validated.
+            gpu = [ranks.device] if ranks.device.type == "cuda" else None
+            self.network = DistributedDataParallel(model, device_ids=gpu, broadcast_buffers=False)
+        momentum, decay = {"momentum": config.momentum, "nesterov": config.nesterov}, config.weight_decay
+        self.optimizer = torch.optim.SGD(model.parameters(), config.lr, weight_decay=decay, **momentum)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
+        self.ema: AveragedModel | None = None
+        if config.ema:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.epoch = self.batch = 0  # how many are done
+        self.best = -math.inf
+        self.history: list[Row] = []
+        self.sums = torch.zeros(len(Terms._fields), device=ranks.device)  # of the terms over the running epoch
+        self.seconds: Counter[str] = Counter()  # of its phases
+        self.clock = runtime.Clock(ranks.device)
+        self.termination = runtime.Termination()
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is validated and used: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def settings(self, batch: int) -> dict[str, float]:
+        """What changes with progress, for a batch of the running epoch, by its name in the log."""
+        config = self.config
+        progress = (self.epoch + batch / self.steps) / config.epochs
+        settings = {"lr": learning_rate(config, progress, self.steps * config.epochs)}
+        if config.method != "clean":
+            settings["eps"] = config.eps * max(0.01, ramp(progress, config.eps_ramp))  # so that no step is 0
+            settings["beta"] = (config.beta or 0.0) * ramp(progress, config.beta_ramp)
+        return settings
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, if it was asked for."""
+        return torch.autocast(self.ranks.device.type, AMP[self.config.amp], enabled=self.config.amp != "none")
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """Of the terms that the method has."""
+        means = (sums / self.batch).tolist()
+        return {name: mean for name, mean in zip(Terms._fields, means, strict=True) if not math.isnan(mean)}
+
+
+# Schedules: functions of progress, the share of the training that is done, in [0, 1). They have no state, so a resumed
+# run needs to know nothing but where it stopped.
+
+
+def ramp(progress: float, fraction: float) -> float:
+    """From 0 up to 1 along a line over the first `fraction` of the training; 1 throughout where that is 0."""
+    return min(1.0, progress / fraction) if fraction > 0 else 1.0
+
+
+def learning_rate(config: Config, progress: float, steps: int) -> float:
+    """Of a training of so many steps."""
+    if config.schedule == "cosine":  # Loshchilov and Hutter 2017, without restarts
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = 0.1 ** sum(progress >= drop / config.epochs for drop in config.lr_drops)
+    return config.lr * share * ramp(progress + 1 / steps, config.lr_warmup)
+
+
+# What is trained.
+
+
+def open_data(config: Config, ranks: Ranks) -> Data:
+    """The data set. Its split follows --split-seed alone, so that no teacher saw what its student is validated on."""
+    how = {"download": config.download, "seed": config.split_seed, "validation": config.validation}
+    try:
+        with ranks.in_turns():
+            data = load(config.dataset, config.data, **how)
+    except ValueError as error:
+        raise UserError(f"--validation does not fit: {error}") from None
+    if config.no_augmentation:
+        data.train.transform = data.validation.transform
+    return data
+
+
+def new_model(arch: str, data: Data) -> nn.Module:
+    """A fresh model for the images of a data set."""
+    try:
+        return build(arch, data.classes, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
+    except ValueError as error:
+        raise UserError(f"--arch does not fit: {error}") from None
+
+
+def open_teacher(config: Config, data: Data) -> nn.Module:
+    """The teacher, in eval mode. Its architecture becomes the student's, where --arch is not given."""
+    path = config.teacher / "best.pt" if config.teacher.is_dir() else config.teacher
+    if not path.is_file():
+        raise UserError(f"--teacher: there is no file {path}; --method clean makes one")
+    try:
+        saved = runtime.load(path) if path.suffix in (".pt", ".pth") else {}
+        if "arch" in saved:
+            teacher = from_checkpoint(path)
+            for name in ("classes", "size", "channels"):
+                if saved[name] != (wanted := getattr(data, name)):
+                    raise UserError(f"--teacher: {path} has {name} {saved[name]}, but {config.dataset} has {wanted}")
+            split = saved.get("split_seed", 0)
+            if saved.get("dataset") == config.dataset and split != config.split_seed:
+                raise UserError(
+                    f"--split-seed: {path} has {split}, got {config.split_seed}: it has seen images held out here"
+                )
+            config.arch = config.arch or saved["arch"]
+        elif config.arch is None:
+            raise UserError(f"--teacher: {path} does not name its architecture, so --arch must")
+        else:
+            teacher = new_model(config.arch, data)
+            warm_start(teacher, path)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--teacher {path}: {str(error).splitlines()[0].rstrip(':')}") from None
+    if not all(value.isfinite().all() for value in teacher.state_dict().values()):
+        raise UserError(f"--teacher: {path} has weights that are not finite numbers")
+    return teacher.eval()
+
+
+def new_student(config: Config, data: Data, teacher: nn.Module | None) -> nn.Module:
+    """A fresh model, with the teacher's weights unless --no-warm-start."""
+    config.arch = config.arch or ("digits" if config.dataset in ("digits", "mnist5k") else "resnet18")
+    student = new_model(config.arch, data)
+    if teacher is not None and not config.no_warm_start:
+        try:
+            warm_start(student, teacher)
+        except ValueError:
+            raise UserError(
+                f"--arch {config.arch} cannot take over the weights of another architecture: "
+                "name the teacher's, or add --no-warm-start"
+            ) from None
+    return student
+
+
+def method_of(config: Config, teacher: nn.Module | None) -> Method:
+    """The loss to train with. CKTAT's criterion keeps its own frozen copy of the teacher."""
+    if config.method != "cktat":
+        return {"clean": Clean, "trades": TRADES, "pgd-at": PGDAT}[config.method]()
+    criterion = CKTATLoss(
+        teacher, config.tau, config.beta, adaptive=config.adaptive_beta, detach_clean=config.detach_clean
+    )
+    if config.channels_last:
+        criterion.to(memory_format=torch.channels_last)
+    if config.compile:
+        criterion.teacher.compile()
+    return CKTAT(criterion, guidance=not config.no_guidance)
 
 
 # What the validation images say of a model, and when to distrust it.
@@ -664,113 +489,16 @@ def compare_with_apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, nor
     from pyautoattack.autopgd_base import APGDAttack
 
     # n_iter goes in here: APGD derives the checkpoints of its step size from it, so setting it later is too late.
-    apgd = APGDAttack(
-        model,
-        n_iter=50,
-        norm={"linf": "Linf", "l2": "L2"}[norm],
-        eps=eps,
-        loss="ce",
-        logger=SimpleNamespace(warning=lambda _: None),
-    )
+    ball, quiet = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps}, SimpleNamespace(warning=lambda _: None)
+    apgd = APGDAttack(model, n_iter=50, loss="ce", logger=quiet, **ball)
     with runtime.own_randomness(x.device, seed=0), eval_mode(model), torch.no_grad():
         by_pgd = _share(model(attack(model, x, y)).argmax(1) == y)
         by_apgd = _share(model(apgd.perturb(x, y)).argmax(1) == y)
-    text = f"best.pt on {len(x)} validation images: PGD {by_pgd:.1%}, APGD-CE (50 steps) {by_apgd:.1%}"
-    if by_pgd - by_apgd > 0.10:
-        text += (
-            f"\nwarning: PGD is {100 * (by_pgd - by_apgd):.1f} points above APGD: gradient masking is likely. "
-            "Trust AutoAttack only (evaluate.py)"
-        )
-    return text
-
-
-# What is trained.
-
-
-def open_data(config: Config, ranks: Ranks) -> Data:
-    """The data set. Its split follows --split-seed alone, so that no teacher saw what its student is validated on."""
-    try:
-        with ranks.in_turns():
-            data = load(
-                config.dataset,
-                config.data,
-                download=config.download,
-                seed=config.split_seed,
-                validation=config.validation,
-            )
-    except ValueError as error:
-        raise UserError(f"--validation does not fit: {error}") from None
-    if config.no_augmentation:
-        data.train.transform = data.validation.transform
-    return data
-
-
-def new_model(arch: str, data: Data) -> nn.Module:
-    """A fresh model for the images of a data set."""
-    try:
-        return build(arch, data.classes, size=data.size, channels=data.channels, mean=data.mean, std=data.std)
-    except ValueError as error:
-        raise UserError(f"--arch does not fit: {error}") from None
-
-
-def open_teacher(config: Config, data: Data) -> nn.Module:
-    """The teacher, in eval mode. Its architecture becomes the student's, where --arch is not given."""
-    path = config.teacher / "best.pt" if config.teacher.is_dir() else config.teacher
-    if not path.is_file():
-        raise UserError(f"--teacher: there is no file {path}; --method clean makes one")
-    try:
-        saved = runtime.load(path) if path.suffix in (".pt", ".pth") else {}
-        if "arch" in saved:
-            teacher = from_checkpoint(path)
-            for name in ("classes", "size", "channels"):
-                if saved[name] != getattr(data, name):
-                    raise UserError(
-                        f"--teacher: {path} has {name} {saved[name]}, but {config.dataset} has {getattr(data, name)}"
-                    )
-            if saved.get("dataset") == config.dataset and (split := saved.get("split_seed", 0)) != config.split_seed:
-                raise UserError(
-                    f"--split-seed: {path} has {split}, got {config.split_seed}: it has seen images held out here"
-                )
-            config.arch = config.arch or saved["arch"]
-        elif config.arch is None:
-            raise UserError(f"--teacher: {path} does not name its architecture, so --arch must")
-        else:
-            teacher = new_model(config.arch, data)
-            warm_start(teacher, path)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--teacher {path}: {str(error).splitlines()[0].rstrip(':')}") from None
-    if not all(value.isfinite().all() for value in teacher.state_dict().values()):
-        raise UserError(f"--teacher: {path} has weights that are not finite numbers")
-    return teacher.eval()
-
-
-def new_student(config: Config, data: Data, teacher: nn.Module | None) -> nn.Module:
-    """A fresh model, with the teacher's weights unless --no-warm-start."""
-    config.arch = config.arch or ("digits" if config.dataset in ("digits", "mnist5k") else "resnet18")
-    student = new_model(config.arch, data)
-    if teacher is not None and not config.no_warm_start:
-        try:
-            warm_start(student, teacher)
-        except ValueError:
-            raise UserError(
-                f"--arch {config.arch} cannot take over the weights of another architecture: "
-                "name the teacher's, or add --no-warm-start"
-            ) from None
-    return student
-
-
-def method_of(config: Config, teacher: nn.Module | None) -> Method:
-    """The loss to train with. CKTAT's criterion keeps its own frozen copy of the teacher."""
-    if config.method != "cktat":
-        return {"clean": Clean, "trades": TRADES, "pgd-at": PGDAT}[config.method]()
-    criterion = CKTATLoss(
-        teacher, config.tau, config.beta, adaptive=config.adaptive_beta, detach_clean=config.detach_clean
-    )
-    if config.channels_last:
-        criterion.to(memory_format=torch.channels_last)
-    if config.compile:
-        criterion.teacher.compile()
-    return CKTAT(criterion, guidance=not config.no_guidance)
+    found = f"best.pt on {len(x)} validation images: PGD {by_pgd:.1%}, APGD-CE (50 steps) {by_apgd:.1%}"
+    if by_pgd - by_apgd <= 0.10:
+        return found
+    gap = f"PGD is {100 * (by_pgd - by_apgd):.1f} points above APGD: gradient masking is likely"
+    return f"{found}\nwarning: {gap}. Trust AutoAttack only (evaluate.py)"
 
 
 # Saving and resuming.
@@ -854,11 +582,10 @@ def restore(state: State, path: Path) -> None:
     except ValueError as error:
         raise UserError(f"--resume: {error}") from None
     for name, now in plain(state.config, state.ranks).items():
-        before = saved["config"].get(name)
-        if name not in FREE and before != now:
+        if name not in FREE and (before := saved["config"].get(name)) != now:
+            flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"--{name.replace('_', '-')} was {before} in the run in {path.parent} and is {now} now: "
-                "--resume needs it equal"
+                f"{flag} was {before} in the run in {path.parent} and is {now} now: --resume needs it equal"
             )
     state.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(saved["optimizer"])
@@ -876,7 +603,243 @@ def restore(state: State, path: Path) -> None:
     runtime.set_rng_state(state.ranks.device, own["rng"])
 
 
+# Options: each class is a part of --help, each field an option, and its docstring what --help says of it.
+
+
+@dataclass
+class DataOptions:
+    dataset: Name = "cifar10"
+    """imagefolder has ImageNet's layout; digits, mnist5k and fake need no files"""
+    data: Path = Path("data")
+    """folder of the data set's files"""
+    download: bool = False
+    """fetch what is missing into --data"""
+    validation: Annotated[int | None, number(int, 1, 1e6), default("1000; mnist5k 500, digits 200, fake 128")] = None
+    """training images held out to choose best.pt, the guard against robust overfitting (Rice et al. 2020)"""
+    split_seed: Annotated[int, number(int, 0, 2**32 - 1)] = 0
+    """draws the images held out, for teacher and student alike; of digits and mnist5k the test images too"""
+    no_augmentation: bool = False
+    """train on the images without random crops and flips, as digits always are"""
+    train_samples: Annotated[int | None, number(int, 2, 1e8), default("all")] = None
+    """train on the first so many images only, for a trial"""
+
+
+@dataclass
+class MethodOptions:
+    """The literal recipe can collapse to a constant prediction. Each ablation of the paper is a switch; a term that is
+    left out of the loss is logged still."""
+
+    method: Literal["clean", "cktat", "trades", "pgd-at"] = "cktat"
+    """clean trains a teacher, cktat its student; trades (Zhang et al. 2019) and pgd-at (Madry et al. 2018) compare"""
+    teacher: Annotated[Path | None, default("none")] = None
+    """a run of --method clean or a file of weights; cktat needs one, trades and pgd-at start from it if given"""
+    arch: Annotated[str | None, default("the teacher's; or digits for digits and mnist5k, else resnet18")] = None
+    """resnet18, preact-resnet18, wrn-34-10, wrn-DEPTH-WIDTH, digits, digits-WIDTH, torchvision:NAME or timm:NAME"""
+    recipe: Annotated[Literal["adaptive", "literal"] | None, default("adaptive")] = None
+    """adaptive, ours: --tau 2 --beta 6 --detach-clean --adaptive-beta; literal, Eq. 17: --tau 5 --beta 6 and neither"""
+    tau: Annotated[float | None, number(float, 0.01, 100), default("the recipe's")] = None
+    """temperature, softens the teacher"""
+    beta: Annotated[float | None, number(float, 0, 1000), default("the recipe's; trades 6")] = None
+    """weight of the consistency term, which TRADES has too"""
+    detach_clean: Annotated[bool | None, EITHER, default("the recipe's", aliases=["--no-detach-clean"])] = None
+    """no gradient through S(x) in the consistency term: S(x') moves towards S(x), never the reverse"""
+    adaptive_beta: Annotated[bool | None, EITHER, default("the recipe's", aliases=["--no-adaptive-beta"])] = None
+    """weigh the consistency of each sample by beta times the probability of its label under attack"""
+    beta_ramp: Annotated[float, number(float, 0, 1)] = 0.0
+    """share of the training in which beta rises from 0, so that guidance comes first"""
+    no_warm_start: bool = False
+    """start the student from random weights, not the teacher's"""
+    no_guidance: bool = False
+    """leave the teacher's term out of the loss; a constant prediction is its optimum then"""
+    no_consistency: bool = False
+    """leave the second term out of the loss: beta is 0"""
+    two_forwards: bool = False
+    """run x and x' through S one after the other, as TRADES' code does; together was the more robust on small data"""
+    awp: Annotated[float, number(float, 0, 1)] = 0.0
+    """adversarial weight perturbation (Wu et al. 2020), a share of each weight's norm: 0.005 is usual, 0 is none"""
+
+
+@dataclass
+class AttackOptions:
+    """PGD, in training and in validation, with the field's usual budget. Numbers can be given as 8/255."""
+
+    norm: Norm = "linf"
+    """what eps bounds: the change of each pixel (linf), or its length over the image (l2)"""
+    eps: Annotated[float | None, number(fraction, 0, 100, above=True), default("8/255; with l2 128/255")] = None
+    """largest change, in pixel values where 1 is black to white"""
+    step_size: Annotated[float | None, number(fraction, 0, 100, above=True), default("a quarter of eps")] = None
+    """how far a step goes, in the same units"""
+    steps: Annotated[int, number(int, 1, 1000)] = 10
+    """steps of the attack; each costs a forward and a backward"""
+    eps_ramp: Annotated[float, number(float, 0, 1)] = 0.0
+    """share of the training in which eps rises from a hundredth of it; validation attacks with all of it"""
+    apgd_check: Annotated[int, number(int, 0, 1e6)] = 256
+    """validation images on which best.pt meets APGD-CE at the end: a look for gradient masking. 0 is none"""
+
+
+@dataclass
+class OptimisationOptions:
+    """SGD. The defaults are the field's usual recipe, not the paper's: the summary of it that we have gives none."""
+
+    epochs: Annotated[int | None, number(int, 1, 100_000), default("110; clean 100")] = None
+    """passes over the training images"""
+    batch_size: Annotated[int, number(int, 2, 1e6)] = 128
+    """images a step, of all processes together, so that --lr need not follow their number"""
+    lr: Annotated[float, number(float, 0, 100, above=True)] = 0.1
+    """learning rate at the start"""
+    schedule: Literal["piecewise", "cosine"] = "piecewise"
+    """of the learning rate: a tenth of it from each of --lr-drops on, or half a cosine down to 0"""
+    lr_drops: Annotated[
+        tuple[float, ...] | None,
+        number(float, 0, 100_000, above=True, several=True),
+        default("100,105 of 110; clean 75,90 of 100; in proportion to --epochs"),
+    ] = None
+    """epochs of the piecewise drops"""
+    lr_warmup: Annotated[float, number(float, 0, 1)] = 0.0
+    """share of the training in which the learning rate rises from 0; short runs from a warm start need some 0.2"""
+    momentum: Annotated[float, number(float, 0, 0.9999)] = 0.9
+    """share of the last step kept in the next"""
+    nesterov: bool = False
+    """Nesterov's form of momentum"""
+    weight_decay: Annotated[float, number(float, 0, 1)] = 5e-4
+    """weight decay of every parameter; the field's value on CIFAR"""
+    ema: Annotated[float, number(float, 0, 0.99999)] = 0.0
+    """decay of a moving average of the weights, which is then validated and used: 0.999 for instance, 0 is none"""
+
+
+@dataclass
+class HardwareOptions:
+    device: str = "auto"
+    """auto (an accelerator if there is one), cpu, cuda, mps, ..."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """mixed precision in attack and training; fp16 has loss scaling. Validation stays in float32"""
+    compile: bool = False
+    """torch.compile the model: minutes at the start, faster steps after"""
+    channels_last: bool = False
+    """NHWC memory format, faster for convolutions in mixed precision"""
+    workers: Annotated[int, number(int, 0, 1024)] = 0
+    """processes that load images; a GPU waits without some. 0: none but this"""
+    threads: Annotated[int | None, number(int, 1, 1024), default("torch's own")] = None
+    """CPU threads of each process"""
+
+
+@dataclass
+class RunOptions:
+    """The folder gets config.json, log.csv (a line an epoch), last.pt (to resume) and best.pt (to use)."""
+
+    out: Annotated[Path | None, default("out/student; clean out/teacher")] = None
+    """folder of the run, made if missing"""
+    resume: bool = False
+    """continue from last.pt in --out, if there is one, with the other options as they were: on a CPU to the bit"""
+    save_every: Annotated[int, number(int, 0, 1e9)] = 0
+    """write last.pt also every so many steps; 0: after each epoch only. SIGTERM saves in any case"""
+    seed: Annotated[int, number(int, 0, 2**32 - 1)] = 0
+    """draws weights, order, augmentation and attacks"""
+    tensorboard: bool = False
+    """write the log for TensorBoard too, into --out"""
+    config: Annotated[Path | None, default("none")] = None
+    """JSON file of options, such as the config.json of a run; those given beside it come first"""
+
+
+@dataclass
+class Config(DataOptions, MethodOptions, AttackOptions, OptimisationOptions, HardwareOptions, RunOptions):
+    """All options of a run, by the names that they have on the command line, with _ for -."""
+
+
+class Recipe(NamedTuple):
+    """How the two terms of CKTAT are balanced."""
+
+    tau: float
+    beta: float
+    detach_clean: bool
+    adaptive_beta: bool
+
+
+RECIPES = {
+    "adaptive": Recipe(2.0, 6.0, detach_clean=True, adaptive_beta=True),
+    "literal": Recipe(5.0, 6.0, detach_clean=False, adaptive_beta=False),
+}
+VALIDATION = {"digits": 200, "mnist5k": 500, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
+
+_OF_CKTAT = ("recipe", "tau", "detach_clean", "adaptive_beta", "no_guidance", "no_consistency")
+_OF_ATTACKS = ("eps", "step_size", "eps_ramp", "awp", "two_forwards", "beta", "beta_ramp")
+NOT_FOR = {
+    "clean": (*_OF_CKTAT, *_OF_ATTACKS, "teacher", "no_warm_start"),
+    "cktat": (),
+    "trades": _OF_CKTAT,
+    "pgd-at": (*_OF_CKTAT, "beta", "beta_ramp", "two_forwards"),
+}
+INSTALL = "its package is not installed: pip install"
+# What a resumed run may change: no weight depends on it.
+FREE = {"out", "resume", "data", "download", "workers", "threads", "save_every", "tensorboard", "apgd_check", "config"}
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The options of a command line, resolved. A mistake in one ends the process, with code 2."""
+    return resolved(runtime.parse(Config, sys.argv[1:] if argv is None else argv, about=__doc__))
+
+
+def resolved(config: Config) -> Config:
+    """The options with every default filled in that depends on others.
+
+    Raises:
+        UserError: they contradict each other, or need what is not here. Better now than after hours.
+    """
+    _check(config)
+    clean, filled = config.method == "clean", replace(config)
+    filled.validation = config.validation or VALIDATION.get(config.dataset, 1000)
+    filled.epochs = config.epochs or (100 if clean else 110)
+    filled.out = config.out or Path("out", "teacher" if clean else "student")
+    if config.schedule == "piecewise" and config.lr_drops is None:
+        filled.lr_drops = tuple(drop * filled.epochs for drop in ((0.75, 0.90) if clean else (100 / 110, 105 / 110)))
+    if not clean:
+        filled.eps = config.eps or EPS[config.norm]
+        filled.step_size = config.step_size or filled.eps / 4  # the field's usual
+    if config.method == "cktat":
+        filled.recipe = config.recipe or "adaptive"
+        for name, value in RECIPES[filled.recipe]._asdict().items():
+            if getattr(config, name) is None:
+                setattr(filled, name, value)
+    if config.method == "trades" and config.beta is None:
+        filled.beta = 6.0  # its authors' choice
+    if config.no_consistency:
+        filled.beta = 0.0
+    return filled
+
+
+def _check(config: Config) -> None:
+    def refuse(wrong: object, name: str, why: str) -> None:
+        if wrong:
+            raise UserError(f"--{name.replace('_', '-')}: {why}")
+
+    given = {name for name, value in asdict(config).items() if value not in (None, False, 0)}
+    for name in NOT_FOR[config.method]:
+        refuse(name in given, name, f"is not for --method {config.method}")
+    needs_teacher = config.method == "cktat" and not config.teacher
+    refuse(needs_teacher, "teacher", "is needed by --method cktat; --method clean trains one")
+    refuse(config.no_warm_start and not config.teacher, "no_warm_start", "needs --teacher, whose weights are not taken")
+    refuse(config.no_consistency and config.no_guidance, "no_consistency", "leaves no loss together with --no-guidance")
+    for name in {"beta", "beta_ramp"} & given:
+        refuse(config.no_consistency, name, "weighs what --no-consistency leaves out: give one of them")
+    refuse(config.schedule == "cosine" and config.lr_drops, "lr_drops", "is for --schedule piecewise, got cosine")
+    refuse(config.nesterov and not config.momentum, "nesterov", "needs --momentum above 0")
+    for name in {"eps", "step_size"} & given:
+        try:
+            check_length(name, getattr(config, name), config.norm)
+        except ValueError as error:
+            refuse(True, name, str(error))
+    device = runtime.device_of(config.device).type
+    mixed = config.amp == "none" or torch.amp.is_autocast_available(device)
+    refuse(not mixed, "amp", f"got {config.amp!r}, but {device} has no mixed precision")
+    missing = {name for name in ("tensorboard", "pyautoattack") if importlib.util.find_spec(name) is None}
+    refuse(config.tensorboard and "tensorboard" in missing, "tensorboard", f"{INSTALL} 'cktat-loss[tensorboard]'")
+    checked = config.apgd_check and config.method != "clean"
+    refuse(checked and "pyautoattack" in missing, "apgd_check", f"{INSTALL} pyautoattack, or give 0")
+
+
 # The command.
+
+NewMethod = Callable[[Config, nn.Module | None], Method]
 
 
 class Diverged(Exception):

@@ -1,5 +1,8 @@
 """examples/models.py: every architecture by name, on [0, 1] images, and back from a checkpoint."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,9 +59,15 @@ def test_known_numbers_of_parameters(models, arch, count):
         ("torchvision:mobilenet_v2", 28, 1),
         ("torchvision:alexnet", 8, 1),
         ("torchvision:googlenet", 64, 3),
+        ("timm:resnet10t", 32, 3),
+        ("timm:vit_tiny_patch16_224", 32, 1),
+        ("timm:vit_tiny_patch16_224", 28, 1),
+        ("timm:convnext_atto", 32, 3),
     ],
 )
 def test_images_to_logits(models, arch, size, channels):
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm")
     model = models.build(arch, 7, size=size, channels=channels)
     assert all(module.training for module in model.modules())
     logits = model(torch.rand(2, channels, size, size))
@@ -146,6 +155,7 @@ def test_images_are_resized_only_where_the_model_demands_it(models, size, resize
         ("resnet19", 32, 3, r"arch must be one of resnet18, preact-resnet18, wrn-34-10, .*, got 'resnet19'"),
         ("torchvision:resnet19", 32, 3, r"must name one of alexnet, .*resnet18.*; got 'resnet19'"),
         ("torchvision:fasterrcnn_resnet50_fpn", 32, 3, "must name one of alexnet"),
+        ("timm:resnet19", 32, 3, r"must name one of timm\.list_models\(\), got 'resnet19'"),
         ("torchvision:resnet18", 32, 4, "takes images of 1 or 3 channels, got 4"),
         ("wrn-11-1", 32, 3, "'wrn-11-1' must have a depth of 10, 16"),
         ("wrn-4-1", 32, 3, "'wrn-4-1' must have a depth of 10, 16"),
@@ -155,9 +165,24 @@ def test_images_are_resized_only_where_the_model_demands_it(models, size, resize
     ],
 )
 def test_what_cannot_be_built_is_said_in_one_line(models, arch, size, channels, message):
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm")
     with pytest.raises(ValueError, match=message) as caught:
         models.build(arch, 10, size=size, channels=channels)
     assert "\n" not in str(caught.value)
+
+
+def test_timm_that_is_not_installed_is_named(models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="'timm:vit' comes with the package timm: pip install timm"):
+        models.build("timm:vit", 10, size=32, channels=3)
+
+
+def test_nothing_but_torch_is_needed_for_the_models_of_the_field(models, monkeypatch):
+    for name in ("matplotlib", "sklearn", "torchvision", "timm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for arch, size, channels in (("digits", 8, 1), ("wrn-10-1", 32, 3), ("resnet18", 32, 3)):
+        models.build(arch, 10, size=size, channels=channels)
 
 
 def test_a_mean_of_another_number_of_channels_is_refused(models):
@@ -215,3 +240,12 @@ def test_a_file_of_another_kind_is_refused_in_one_line(models, content, tmp_path
 def test_a_missing_checkpoint_is_named(models, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         models.from_checkpoint(tmp_path / "missing.pt")
+
+
+def test_a_checkpoint_of_version_0_1_is_still_what_it_was(models):
+    """tests/best-0.1.0.pt: a digits-2 with a moving average, by train_clean.py of 0.1.0, which logged 85 %."""
+    with imported("data") as modules:
+        images = modules.data.load("digits", Path(), download=False, seed=0, validation=40).validation
+    x, y = zip(*images, strict=True)
+    model = models.from_checkpoint(Path(__file__).with_name("best-0.1.0.pt"))
+    assert (model(torch.stack(x)).argmax(1) == torch.tensor(y)).double().mean().item() == pytest.approx(0.85)

@@ -80,13 +80,14 @@ def trades_attack(model, x, *, eps, step, steps, start):
 @given(
     norm=st.sampled_from(["linf", "l2"]),
     objective=st.sampled_from(["ce", "kl"]),
-    eps=st.floats(0, 3),
+    share=st.floats(0, 1),
     step=st.floats(1e-3, 5),
     steps=st.integers(1, 4),
     random_start=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_images_stay_in_the_ball_and_in_0_1(attack, norm, objective, eps, step, steps, random_start, dtype):
+def test_images_stay_in_the_ball_and_in_0_1(attack, norm, objective, share, step, steps, random_start, dtype):
+    eps = share * (1 if norm == "linf" else 3)
     model = linear(dtype=dtype)
     x = torch.rand(5, 6, dtype=dtype)
     x[0], x[1] = 0, 1
@@ -413,8 +414,10 @@ def test_a_ddp_model_trains_on_after_an_attack_that_exchanges_nothing(attack, ne
     [
         ({"norm": "l1"}, ValueError, "norm must be 'linf' or 'l2', got 'l1'"),
         ({"objective": "cw"}, ValueError, "objective must be 'ce' or 'kl', got 'cw'"),
-        ({"eps": -0.1}, ValueError, r"eps must be a finite number from 0, got -0\.1"),
-        ({"eps": float("nan")}, ValueError, "eps must be a finite number from 0, got nan"),
+        ({"eps": -0.1}, ValueError, r"eps must be in \[0, 1\] for norm linf, got -0\.1$"),
+        ({"eps": float("nan")}, ValueError, r"eps must be in \[0, 1\] for norm linf, got nan$"),
+        ({"eps": 8}, ValueError, r"got 8: pixels are in \[0, 1\], so write 8/255"),
+        ({"eps": 128, "norm": "l2"}, ValueError, r"eps must be in \[0, 100\] for norm l2, got 128$"),
         ({"step": 0.0}, ValueError, r"step must be a finite number above 0, got 0\.0"),
         ({"step": float("inf")}, ValueError, "step must be a finite number above 0, got inf"),
         ({"steps": 0}, ValueError, "steps must be 1 or more, got 0"),
@@ -433,3 +436,14 @@ def test_a_ddp_model_trains_on_after_an_attack_that_exchanges_nothing(attack, ne
 def test_bad_arguments_are_named(attack, net, x, y, change, error, message):
     with pytest.raises(error, match=message):
         attack.pgd(net, **{"x": x, "y": y, **USUAL, **change})
+
+
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3), ("1e400", float("inf"))])
+def test_numbers_can_be_fractions(attack, text, value):
+    assert attack.fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["8/0", "8/", "/255", "eight", "", "8/2/5"])
+def test_what_is_no_number_is_an_error_of_value(attack, text):
+    with pytest.raises(ValueError, match=r"."):
+        attack.fraction(text)

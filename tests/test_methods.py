@@ -58,11 +58,11 @@ def test_trades_trains_through_both_predictions(methods, batch):
     torch.testing.assert_close(grads, (d_clean.float(), (6.0 * (a - c) / N).float()), rtol=1e-4, atol=1e-6)
 
 
-def test_pgd_at_is_the_cross_entropy_of_adversarial_images(methods, batch):
-    batch["clean_logits"] = None
-    loss = methods.PGDAT()(**batch, beta=0.0).loss
-    batch["clean_logits"] = batch["adv_logits"]
-    assert loss.item() == pytest.approx(expected(batch, lambda c, a, t, y: -np.log(softmax(a)[y])), rel=1e-5)
+@pytest.mark.parametrize(("method", "of"), [("PGDAT", "adv_logits"), ("Clean", "clean_logits")])
+def test_pgd_at_and_clean_training_are_cross_entropies(methods, batch, method, of):
+    wanted = expected(batch, lambda c, a, t, y: -np.log(softmax(a if of == "adv_logits" else c)[y]))
+    only = {name: value if name in (of, "y") else None for name, value in batch.items()}
+    assert getattr(methods, method)()(**only, beta=0.0).loss.item() == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [True, False])
@@ -72,12 +72,12 @@ def test_cktat_is_equation_17_with_either_weight(methods, batch, adaptive, guida
         beta = 6.0 * (softmax(a)[y] if adaptive else 1.0)
         return guidance * kl(softmax(t / 2.0), softmax(a)) + beta * kl(softmax(c), softmax(a))
 
-    method = methods.CKTAT(CKTATLoss(None, tau=2.0), adaptive=adaptive, guidance=guidance)
+    method = methods.CKTAT(CKTATLoss(None, tau=2.0, adaptive=adaptive), guidance=guidance)
     assert method(**batch, beta=6.0).loss.item() == pytest.approx(expected(batch, sample), rel=1e-5)
 
 
 def test_cktat_reports_both_terms_before_beta(methods, batch):
-    method = methods.CKTAT(CKTATLoss(None, tau=2.0), adaptive=True, guidance=False)
+    method = methods.CKTAT(CKTATLoss(None, tau=2.0, adaptive=True), guidance=False)
     terms = method(**batch, beta=6.0)
     guidance = expected(batch, lambda c, a, t, y: kl(softmax(t / 2.0), softmax(a)))
     consistency = expected(batch, lambda c, a, t, y: kl(softmax(c), softmax(a)))
@@ -89,14 +89,14 @@ def test_cktat_reports_both_terms_before_beta(methods, batch):
 def test_cktat_detaches_the_clean_prediction_as_its_criterion_says(methods, batch, detach):
     clean = batch["clean_logits"].requires_grad_()
     batch["adv_logits"].requires_grad_()
-    method = methods.CKTAT(CKTATLoss(None, detach_clean=detach), adaptive=False)
+    method = methods.CKTAT(CKTATLoss(None, detach_clean=detach))
     method(**batch, beta=6.0).loss.backward()
     assert (clean.grad is None) == detach
 
 
 def test_losses_of_half_precision_logits_are_float32(methods, batch):
     half = {name: value.half() if value.is_floating_point() else value for name, value in batch.items()}
-    for method in (methods.TRADES(), methods.PGDAT(), methods.CKTAT(CKTATLoss(None), adaptive=True)):
+    for method in (methods.TRADES(), methods.PGDAT(), methods.Clean(), methods.CKTAT(CKTATLoss(None, adaptive=True))):
         assert method(**half, beta=6.0).loss.dtype == torch.float32
 
 
@@ -105,6 +105,6 @@ def test_trades_attack_starts_beside_the_image_and_the_others_anywhere(methods):
     trades = methods.TRADES()
     assert trades.objective == "kl"
     assert (trades.attack_start(x) - x).std().item() == pytest.approx(0.001, rel=0.1)
-    for method in (methods.PGDAT(), methods.CKTAT(CKTATLoss(None), adaptive=True)):
+    for method in (methods.PGDAT(), methods.CKTAT(CKTATLoss(None, adaptive=True))):
         assert method.objective == "ce"
         assert method.attack_start(x) is None

@@ -1,6 +1,7 @@
 """Two processes, each with half of every batch, train the model that one process trains, and resume like one."""
 
 import os
+import shlex
 import signal
 import socket
 import time
@@ -18,11 +19,12 @@ from tests.examples_path import imported
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 pytest.importorskip("tqdm")
+pytest.importorskip("tyro")
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
 WORLD = 2
-DATA = ["--dataset", "digits", "--validation", "40", "--train-samples", "72", "--batch-size", "16"]
-OPTIONS = [*DATA, "--epochs", "2", "--eps", "0.1", "--steps", "2", "--apgd-check", "0", "--ema", "0.5"]
+DATA = shlex.split("--dataset digits --validation 40 --train-samples 72 --batch-size 16")
+OPTIONS = [*DATA, *shlex.split("--epochs 2 --eps 0.1 --steps 2 --apgd-check 0 --ema 0.5 --awp 0.05")]
 BATCHNORM = ["--arch", "digits", "--method", "trades", "--two-forwards"]  # two train-mode forwards before a backward
 
 
@@ -33,30 +35,27 @@ def plain_net(arch, classes, **_):
 
 @contextmanager
 def simplified():
-    """engine and train_cktat, with a model and an attack in which nothing depends on which process draws."""
-    with imported("engine", "train_cktat") as modules, pytest.MonkeyPatch.context() as patch:
-        simplify(modules.engine, modules.train_cktat, patch)
-        yield modules
+    """train.py, with a model and an attack in which nothing depends on which process draws."""
+    with imported("train") as modules, pytest.MonkeyPatch.context() as patch:
+        train = modules.train
+        build, pgd = train.build, train.pgd
 
+        def choose(arch, classes, **facts):
+            return plain_net(arch, classes) if arch == "plain" else build(arch, classes, **facts)
 
-def simplify(engine, command, patch):
-    build, pgd = engine.build, command.pgd
+        def attack(*arguments, **options):
+            ce = options.get("objective") == "ce"
+            return pgd(*arguments, **{**options, "random_start": False} if ce else options)
 
-    def choose(arch, classes, **facts):
-        return plain_net(arch, classes) if arch == "plain" else build(arch, classes, **facts)
+        def plain_teacher(path):
+            model = plain_net("plain", 10)
+            model.load_state_dict(train.runtime.load(path)["model"])
+            return model
 
-    def attack(*arguments, **options):
-        return pgd(*arguments, **{**options, "random_start": False} if options.get("objective") == "ce" else options)
-
-    patch.setattr(engine, "build", choose)
-    patch.setattr(command, "pgd", attack)
-    patch.setattr(command, "from_checkpoint", lambda path: load_plain(command, path))
-
-
-def load_plain(command, path):
-    model = plain_net("plain", 10)
-    model.load_state_dict(command.checkpoint.load(path)["model"])
-    return model
+        patch.setattr(train, "build", choose)
+        patch.setattr(train, "pgd", attack)
+        patch.setattr(train, "from_checkpoint", plain_teacher)
+        yield train
 
 
 def cktat(folder):
@@ -66,8 +65,8 @@ def cktat(folder):
 def on_rank(rank, folder, ports):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="localhost")
-    with simplified() as modules, pytest.MonkeyPatch.context() as patch:
-        command, load = modules.train_cktat, modules.engine.load
+    with simplified() as command, pytest.MonkeyPatch.context() as patch:
+        load = command.load
 
         def main(*options):
             os.environ["MASTER_PORT"] = str(ports.pop())
@@ -76,16 +75,16 @@ def on_rank(rank, folder, ports):
         codes = [main(*cktat(folder), "--out", f"{folder}/two")]
         codes.append(main(*OPTIONS, *BATCHNORM, "--out", f"{folder}/whole"))
 
-        update, done = command.Trainer.update, []
+        update, done = command.update, []
 
-        def counted(self, loss):
-            update(self, loss)
-            done.append(loss)
+        def counted(state):
+            update(state)
+            done.append(state.batch)
             if len(done) == 6 and rank == 1:  # of 4 + 4 steps; one process only is told
                 signal.raise_signal(signal.SIGTERM)
 
         with patch.context() as stopping:
-            stopping.setattr(command.Trainer, "update", counted)
+            stopping.setattr(command, "update", counted)
             codes.append(main(*OPTIONS, *BATCHNORM, "--out", f"{folder}/stopped"))
         codes.append(main(*OPTIONS, *BATCHNORM, "--out", f"{folder}/stopped", "--resume"))
 
@@ -98,7 +97,7 @@ def on_rank(rank, folder, ports):
             found.append(fetched.exists())
             return load(*arguments, **options)
 
-        patch.setattr(modules.engine, "load", fetch)
+        patch.setattr(command, "load", fetch)
         codes.append(main(*OPTIONS, "--arch", "digits", "--method", "trades", "--batch-size", "17", "--out", folder))
         missing = ["--dataset", "cifar10", "--data", f"{folder}/nothing"]
         codes.append(main(*OPTIONS, *missing, "--method", "trades", "--out", folder))
@@ -130,8 +129,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def command():
-    with simplified() as modules:
-        yield modules.train_cktat
+    with simplified() as train:
+        yield train
 
 
 def load(path):
