@@ -34,7 +34,9 @@ from runtime import load as load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+import cktat_loss
 
 STANDARD = "clean,pgd20,pgd100,cw,autoattack"
 ATTACKS = (*STANDARD.split(","), "apgd")  # the last: AutoAttack's first two alone, at a tenth of the price
@@ -268,8 +270,8 @@ def call(module: str, function: str) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module), function)()
     except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__} in {place.filename}, line {place.lineno}: {error}"
+        place, text = traceback.extract_tb(error.__traceback__)[-1], str(error).partition("\n")[0]
+        reason = f"{type(error).__name__} in {place.filename}, line {place.lineno}: {text}"
         raise UserError(f"CHECKPOINT: {function}() of {module} does not return a model ({reason})") from error
     finally:
         for name, its_module in ours.items():
@@ -320,18 +322,20 @@ def run(options: Options) -> None:
     settings = {"norm": options.norm, "eps": eps, "batch": options.batch, "seed": options.seed, "device": device}
     evaluation = Evaluation(model, images, **settings, workers=options.workers)
     budget = Budget(options.apgd_steps, options.apgd_targets, options.fab_steps, options.square_queries)
-    findings = evaluation.run(attacks, budget)
-    versions = {package: version(package) for package in ("torch", "pyautoattack", "cktat-loss")}
     facts = {"model": options.model, "dataset": name, "images": len(images), **settings, "device": str(device)}
-    facts["versions"] = {"Python": platform.python_version(), **versions}
+    facts["versions"] = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyautoattack": version("pyautoattack"),
+        "cktat-loss": cktat_loss.__version__,
+    }
+    findings = evaluation.run(attacks, budget)
     print(markdown(evaluation.rows, findings, facts))
     print("saved", *save(folder, evaluation.rows, findings, facts))
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Options, prog="evaluate.py", description=__doc__, args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    options = tyro.cli(Options, description=__doc__, args=argv, config=(FlagCreatePairsOff,))
     try:
         run(options)
     except (UserError, MissingData, ValueError, OSError) as error:

@@ -91,9 +91,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Options, prog="plot_run.py", description=__doc__, args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    options = tyro.cli(Options, description=__doc__, args=argv)
     try:
         run(options)
     except (UserError, OSError) as error:

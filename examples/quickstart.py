@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +38,7 @@ INK, MUTED, BLUE, ORANGE, RIGHT, WRONG = "#1f2933", "#616e7c", "#2463a8", "#d973
 
 Split = Sequence[Tensor]  # images (N, 1, 8, 8) in [0, 1], labels (N,)
 
-
-RECIPES: dict[str, dict[str, Any]] = {  # arguments of CKTATLoss
-    "adaptive": {"tau": 2.0, "adaptive": True, "detach_clean": True},
-    "literal": {"tau": 5.0},
-}
+TAU = {"adaptive": 2.0, "literal": 5.0}  # by recipe
 WHY = {
     "adaptive": "S(x) is held fixed in the consistency term: S(x') has to move towards S(x), never the reverse. The\n"
     "term of each image is weighted by softmax(S(x'))[y]: it counts the more, the better the image withstands the\n"
@@ -137,7 +133,8 @@ def train_student(
     """Phase 2: adversarial training with the CKTAT loss, from the teacher's weights."""
     student = DigitNet().to(options.device)
     warm_start(student, teacher)
-    criterion = CKTATLoss(teacher, **{**RECIPES[options.recipe], "tau": options.tau, "beta": options.beta})
+    adaptive = options.recipe == "adaptive"
+    criterion = CKTATLoss(teacher, tau=options.tau, beta=options.beta, adaptive=adaptive, detach_clean=adaptive)
     trainer = Trainer(student, options, options.epochs, len(train[0]))
     curves = [validate(student, criterion, validation, options.eps)]
 
@@ -146,7 +143,7 @@ def train_student(
             x_adv = pgd(student, x, y, eps=options.eps, step=options.eps / 4, steps=STEPS)
             # One pass for both: the BatchNorms see clean and adversarial images together.
             clean_logits, adv_logits = student(torch.cat([x, x_adv])).chunk(2)
-            loss = criterion(clean_logits=clean_logits, adv_logits=adv_logits, x=x, y=y if criterion.adaptive else None)
+            loss = criterion(clean_logits=clean_logits, adv_logits=adv_logits, x=x, y=y if adaptive else None)
             trainer.step(loss)
         curves.append(now := validate(student, criterion, validation, options.eps))
         print(
@@ -201,7 +198,10 @@ def report(results: dict[str, tuple[list[Row], Findings]], options: Options) -> 
 
 
 def draw(title: str, curves: list[Epoch], teacher: nn.Module, student: nn.Module, test: Split, eps: float) -> Figure:
-    """Curves by epoch; below them the first test image of each class, clean and attacked, with what the models see."""
+    """Curves by epoch; below them the first test image of each class, clean and attacked, with what the models see.
+
+    The models are in eval mode, as the attacks left them.
+    """
     figure = Figure(figsize=(11, 7.2), facecolor="white")
     figure.text(0.065, 0.952, title, size=14, weight="bold", color=INK)
     panels = figure.add_gridspec(1, 2, left=0.065, right=0.985, top=0.885, bottom=0.575, wspace=0.16)
@@ -221,7 +221,7 @@ def draw(title: str, curves: list[Epoch], teacher: nn.Module, student: nn.Module
         places[0].text(-0.2, 0.5, name, transform=places[0].transAxes, ha="right", va="center", color=INK)
         for axes in places:
             axes.set_axis_off()
-        for axes, image in zip(places, images.cpu(), strict=False):
+        for axes, image in zip(places, images.cpu().numpy(), strict=False):
             axes.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
         for place, (model, network) in captions.items():
             for axes, seen, label in zip(places, network(images).argmax(1).tolist(), y.tolist(), strict=False):
@@ -266,12 +266,11 @@ def run(options: Options) -> None:
     if options.out.suffix.lower() != ".png":
         raise UserError(f"--out must name a .png file, got {options.out}")
     writable(options.out.parent)
-    tau = RECIPES[options.recipe]["tau"] if options.tau is None else options.tau
-    options = replace(options, tau=tau, device=str(device_of(options.device)))
+    options = replace(options, tau=options.tau or TAU[options.recipe], device=str(device_of(options.device)))
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     print(
-        f"recipe {options.recipe}: tau = {tau:g}, beta = {options.beta:g}. {WHY[options.recipe]}\n"
+        f"recipe {options.recipe}: tau = {options.tau:g}, beta = {options.beta:g}\n{WHY[options.recipe]}\n"
         f"seed {options.seed}, device {options.device}, {options.threads} CPU thread(s), batch size "
         f"{options.batch_size}; training attack: PGD, {STEPS} steps of eps/4, eps = {options.eps:g}\n",
         flush=True,
@@ -295,9 +294,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(
-        Options, prog="quickstart.py", description=__doc__, args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    options = tyro.cli(Options, description=__doc__, args=argv)
     try:
         run(options)
     except (UserError, ValueError) as error:

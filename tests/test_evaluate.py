@@ -400,19 +400,20 @@ def test_a_model_of_ones_own_is_given_as_module_and_function(evaluate, elsewhere
 
 
 def test_modules_of_theirs_may_have_the_names_of_ours(tmp_path):
-    """A checkout like TRADES', with modules named as ours, which are also imported when the model runs."""
+    """A checkout like TRADES', with modules named as ours, which are imported when the model runs, too."""
     names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
     assert {"attacks", "data", "evaluate", "models", "pgd"} <= {*names}
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("from . import net\n")
         (tmp_path / name / "net.py").write_text("SIZE = 64\n")
+        (tmp_path / name / "late.py").write_text("SIZE = 64\n")
     (tmp_path / "mine.py").write_text(
         f"import {', '.join(names)}\n"
         "from torch import nn\n"
         "class Net(nn.Linear):\n"
         "    def forward(self, x):\n"
-        "        from data.net import SIZE\n"
+        "        from data.late import SIZE\n"
         "        return super().forward(x.reshape(-1, SIZE))\n"
         f"def load(): return Net(sum(module.net.SIZE for module in [{', '.join(names)}]) // {len(names)}, 10)\n"
     )

@@ -178,7 +178,7 @@ def migrated():
     torch.manual_seed(0)
     text = MIGRATION.read_text()
     blocks = [*re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     namespace = {"__name__": "migrate_from_trades"}
     for block in blocks:
         above = text.count("\n", 0, block.start(1))  # so that an error names the page's own line
@@ -186,10 +186,19 @@ def migrated():
     return namespace
 
 
-def test_both_loops_of_the_migration_page_train(migrated):
+def test_the_loops_of_the_migration_page_train(migrated):
     assert migrated["loss"].isfinite()
     assert all(parameter.grad.abs().max() > 0 for parameter in migrated["model"].parameters())
     assert migrated["model"].training
+
+
+def test_the_teacher_of_the_migration_page_has_learned_its_images(migrated):
+    x, y = (torch.cat(part) for part in zip(*migrated["loader"], strict=True))
+    with torch.no_grad():
+        fresh, trained = (F.cross_entropy(model.eval()(x), y) for model in (migrated["net"](), migrated["teacher"]))
+    assert trained < 0.7 * fresh
+    weights = migrated["criterion"].teacher.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in migrated["teacher"].state_dict().items())
 
 
 def test_the_attack_of_the_migration_page_wakes_no_frozen_module(migrated):

@@ -1,4 +1,4 @@
-"""`make demo` does what it says, from its options to its picture, and its pgd() is safe to copy."""
+"""`make demo` does what it says, from its options to its picture."""
 
 import re
 import signal
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tests.examples_path import EXAMPLES, imported
 
@@ -16,8 +15,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pyautoattack")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
+pytest.importorskip("tyro")
 
-COMMAND = [sys.executable, "-W", "error", str(EXAMPLES / "quickstart.py")]
+COMMAND = [sys.executable, "-W", "error", str(EXAMPLES / "quickstart.py"), "--device", "cpu"]
 TINY = ["--epochs", "1", "--teacher-epochs", "1", "--apgd-steps", "2", "--test-images", "20", "--batch-size", "256"]
 
 
@@ -25,17 +25,6 @@ TINY = ["--epochs", "1", "--teacher-epochs", "1", "--apgd-steps", "2", "--test-i
 def quickstart():
     with imported("quickstart") as modules:
         yield modules.quickstart
-
-
-@pytest.fixture
-def model(quickstart):
-    """A network in train mode with one module in eval mode, and with gradients that somebody still needs."""
-    torch.manual_seed(0)
-    model = quickstart.DigitNet(width=4)
-    model[0][1].eval()
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 3.0)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +40,7 @@ def finished(tmp_path_factory):
         )
         for folder in folders
     ]
-    return [(folder, run, *run.communicate(timeout=120)) for folder, run in zip(folders, runs, strict=True)]
+    return [(folder, run, *run.communicate(timeout=240)) for folder, run in zip(folders, runs, strict=True)]
 
 
 def table(output):
@@ -70,9 +59,17 @@ def test_a_run_prints_the_table_the_budget_and_why(finished):
     assert "20 test images" in output
 
 
-def test_progress_bars_show_both_loss_terms(finished):
-    assert re.search(r"student: 100%.*guidance \d.*consistency \d", finished[0][3])
-    assert re.search(r"teacher: 100%", finished[0][3])
+def test_the_table_is_what_the_attacks_left_right(finished):
+    _, _, output, errors = finished[0]
+    attacks = re.findall(r"^(?:clean|PGD-20|APGD-T): ([\d.]+ ± [\d.]+) % right", errors, re.MULTILINE)
+    assert [number for _, numbers in table(output) for number in re.findall(r"[\d.]+ ± [\d.]+", numbers)] == attacks
+
+
+def test_each_epoch_shows_both_loss_terms_and_nothing_redraws_into_a_pipe(finished):
+    _, _, output, errors = finished[0]
+    assert re.search(r"^teacher: epoch 1/1: loss \d", output, re.MULTILINE)
+    assert re.search(r"^student: epoch 1/1: guidance \d.*, consistency \d.*, clean \d.*PGD \d", output, re.MULTILINE)
+    assert "\r" not in output + errors
 
 
 def test_the_picture_is_a_png_and_the_only_file(finished):
@@ -91,166 +88,126 @@ def test_ctrl_c_in_training_leaves_no_file(tmp_path):
     with subprocess.Popen(
         [*COMMAND, "--teacher-epochs", "1", "--epochs", "1000", "--out", str(tmp_path / "a.png")],
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     ) as run:
-        errors = b""
-        while b"student:" not in errors:
-            errors += (read := run.stderr.read1())
-            assert read, errors.decode()
+        printed = b""
+        while b"student: epoch" not in printed:
+            printed += (read := run.stdout.read1())
+            assert read, run.stderr.read().decode()
         run.send_signal(signal.SIGINT)
-        errors += run.communicate(timeout=60)[1]
+        _, errors = run.communicate(timeout=120)
     assert run.returncode == 130
     assert errors.decode().splitlines()[-1] == "interrupted: no picture written"
     assert b"Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def attacked(quickstart):
-    """A function that makes results with so many hits of 20."""
-
-    def make(name, clean=20, pgd=20, apgd=20, zero_gradients=False):
-        labels = torch.arange(20) % 10
-        hits = [torch.arange(20) < count for count in (clean, pgd, apgd)]
-        images = torch.rand(20, 1, 8, 8)
-        return quickstart.Attacked(name, zero_gradients, labels, labels, *hits, images, images, labels)
-
-    return make
-
-
-def test_ctrl_c_while_saving_keeps_the_old_picture(quickstart, attacked, tmp_path, monkeypatch):
-    def half(figure, path, **_):
-        Path(path).write_bytes(b"half")
+def test_ctrl_c_while_saving_keeps_the_old_picture(quickstart, tmp_path, monkeypatch):
+    def half(figure, file, **_):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     out = tmp_path / "a.png"
     out.write_bytes(b"old")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
-    curves = quickstart.Curves([1.0], [1.0], [1.0], [1.0])
-    with pytest.raises(KeyboardInterrupt):
-        quickstart.save_figure(out, curves, attacked("teacher"), attacked("student"), eps=0.2)
+    assert quickstart.main([*TINY, "--recipe", "literal", "--device", "cpu", "--out", str(out)]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert out.read_bytes() == b"old"
 
 
-def test_a_gap_between_pgd_and_apgd_and_a_collapse_are_warned_of(quickstart, attacked, tmp_path, capsys):
-    args = quickstart.parse_args(["--out", str(tmp_path / "a.png")])
-    quickstart.report(attacked("teacher"), attacked("student"), args)
+def test_an_epoch_of_adversarial_training_helps_against_the_attack(quickstart):
+    options = quickstart.Options(teacher_epochs=3, epochs=1, device="cpu", tau=2.0)
+    data = quickstart.load("digits", Path(), download=False, seed=0, validation=200)
+    train, validation = (quickstart.default_collate([*images]) for images in (data.train, data.validation))
+    teacher = quickstart.train_teacher(train, options)
+    weights = {name: value.clone() for name, value in teacher.state_dict().items()}
+    _, (before, after) = quickstart.train_student(teacher, train, validation, options)
+    assert before.clean > 0.9
+    assert after.robust > before.robust + 0.05
+    assert after.guidance < before.guidance
+    assert after.consistency < before.consistency
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.fixture
+def rows(quickstart):
+    """A function that makes the three rows of a model's table."""
+    return lambda *accuracies: [quickstart.Row("", accuracy, 1.0, 20, 1.0, {}) for accuracy in accuracies]
+
+
+def test_a_collapse_and_what_the_attacks_find_suspicious_are_warned_of(quickstart, rows, capsys):
+    teacher, student = (rows(100, 50, 45), {}), (rows(81, 75, 60), {})
+    quickstart.report({"teacher": teacher, "student": student}, quickstart.Options())
     assert "warning" not in capsys.readouterr().out
-    quickstart.report(attacked("teacher"), attacked("student", 15, 15, 12, zero_gradients=True), args)
+    student = rows(75, 75, 60), {"pgd-gap": "PGD-20 is far above."}
+    quickstart.report({"teacher": teacher, "student": student}, quickstart.Options())
     printed = capsys.readouterr().out
-    assert "warning: student: PGD-20 is 15.0 points above APGD" in printed
-    assert "warning: student: APGD-T met gradients of exactly zero" in printed
+    assert "warning: student: PGD-20 is far above." in printed
     assert "warning: the student is 25.0 points below the teacher" in printed
+
+
+def test_apgd_has_the_steps_and_targets_that_are_printed(quickstart, monkeypatch):
+    test = torch.rand(10, 1, 8, 8), torch.arange(10)
+    budgets = []
+    monkeypatch.setattr(
+        quickstart.Evaluation, "run", lambda self, attacks, budget: budgets.append((attacks, budget)) or {}
+    )
+    quickstart.attack({"model": quickstart.DigitNet()}, test, quickstart.Options(apgd_steps=7, device="cpu"))
+    assert budgets == [(("pgd20", "apgd"), quickstart.Budget(apgd_steps=7, targets=3))]
 
 
 def test_help_explains_every_option(quickstart, capsys):
     with pytest.raises(SystemExit) as exit_:
-        quickstart.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+        quickstart.main(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert exit_.value.code == 0
-    options = re.findall(r"(--[a-z-]+)", text.split("options:")[0])
+    options = re.findall(r"(--[a-z-]+) \S", text.split("--help show this help")[1])
     assert len(options) == 14
     for option in options:
-        assert re.search(rf"{option} \S.*?default: ", text.split("options:")[1]), option
+        assert re.search(rf"{option} \S.*?\(default: ", text), option
 
 
 @pytest.mark.parametrize(
     ("option", "value", "wanted"),
     [
-        ("--eps", "0", "got '0', wanted a number in (0, 1]"),
-        ("--eps", "1.5", "got '1.5', wanted a number in (0, 1]"),
-        ("--eps", "nan", "got 'nan', wanted a number in (0, 1]"),
-        ("--epochs", "0", "got '0', wanted a whole number in [1, 1000]"),
-        ("--epochs", "1.5", "got '1.5', wanted a whole number in [1, 1000]"),
-        ("--teacher-epochs", "x", "got 'x', wanted a whole number in [1, 1000]"),
-        ("--tau", "0", "got '0', wanted a number in [0.01, 100]"),
-        ("--beta", "-1", "got '-1', wanted a number in [0, 100]"),
-        ("--lr", "inf", "got 'inf', wanted a number in (0, 10]"),
-        ("--batch-size", "1", "got '1', wanted a whole number in [2, 1000]"),
-        ("--apgd-steps", "0", "got '0', wanted a whole number in [1, 1000]"),
-        ("--seed", "-1", "got '-1', wanted a whole number in [0, 4294967295]"),
-        ("--recipe", "magic", "invalid choice: 'magic'"),
-        ("--device", "abacus", "got 'abacus', wanted auto, or a device that works"),
-        ("--device", "meta", "got 'meta', wanted auto, or a device that works"),
-        ("--out", "a.jpg", "got 'a.jpg', wanted a file whose name ends in .png"),
-        ("--out", "/dev/null/a.png", "got '/dev/null/a.png', wanted a folder that can be written to"),
+        ("--eps", "0", "--eps: got '0', wanted a number in (0, 255]"),
+        ("--eps", "nan", "--eps: got 'nan', wanted a number in (0, 255]"),
+        ("--epochs", "0", "--epochs: got '0', wanted a whole number in [1, 1000]"),
+        ("--epochs", "1.5", "--epochs: got '1.5', wanted a whole number in [1, 1000]"),
+        ("--teacher-epochs", "x", "--teacher-epochs: got 'x', wanted a whole number in [1, 1000]"),
+        ("--tau", "0", "--tau: got '0', wanted a number in [0.01, 100]"),
+        ("--beta", "-1", "--beta: got '-1', wanted a number in [0, 100]"),
+        ("--lr", "inf", "--lr: got 'inf', wanted a number in (0, 10]"),
+        ("--batch-size", "1", "--batch-size: got '1', wanted a whole number in [2, 1000]"),
+        ("--apgd-steps", "0", "--apgd-steps: got '0', wanted a whole number in [1, 1000]"),
+        ("--seed", "-1", "--seed: got '-1', wanted a whole number in [0, 4294967295]"),
+        ("--recipe", "magic", "invalid choice 'magic' for argument '--recipe'"),
+        ("--eps", "8", "error: --eps must be in [0, 1] for norm linf, got 8: pixels are in [0, 1], so write 8/255"),
+        ("--device", "abacus", "error: --device: got 'abacus', wanted auto, or a device that works"),
+        ("--device", "meta", "error: --device: got 'meta', wanted auto, or a device that works"),
+        ("--out", "a.jpg", "error: --out must name a .png file, got a.jpg"),
+        ("--out", "/dev/null/a.png", "error: --out: the folder /dev/null cannot be written to: "),
     ],
 )
 def test_a_wrong_option_is_named_with_what_came_and_what_was_wanted(quickstart, capsys, option, value, wanted):
-    with pytest.raises(SystemExit) as exit_:
-        quickstart.parse_args([option, value, "--epochs", "1"] if option != "--epochs" else [option, value])
-    assert exit_.value.code == 2
-    assert f"argument {option}: {wanted}" in capsys.readouterr().err
+    try:
+        code = quickstart.main([option, value])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    assert wanted in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_tau_and_beta_are_the_recipes_unless_given(quickstart, tmp_path):
-    out = ["--out", str(tmp_path / "a.png")]
-    for name, recipe in quickstart.RECIPES.items():
-        args = quickstart.parse_args(["--recipe", name, *out])
-        assert (args.tau, args.beta) == (recipe.tau, recipe.beta)
-    args = quickstart.parse_args(["--recipe", "literal", "--tau", "3", "--beta", "0", *out])
-    assert (args.tau, args.beta) == (3, 0)
+@pytest.mark.parametrize(("given", "tau"), [([], 5), (["--tau", "3"], 3)])
+def test_tau_is_the_recipes_unless_given(quickstart, tmp_path, monkeypatch, given, tau):
+    seen = []
 
+    def stop(train, options):
+        seen.append(options)
+        raise KeyboardInterrupt
 
-def test_the_device_is_the_one_that_is_named(quickstart, tmp_path):
-    out = ["--out", str(tmp_path / "a.png")]
-    assert quickstart.parse_args(["--device", "cpu", *out]).device == torch.device("cpu")
-    assert isinstance(quickstart.parse_args(out).device, torch.device)
-
-
-@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
-def test_pgd_stays_within_bounds_and_raises_the_loss(quickstart, model, grad_mode):
-    x, y = torch.rand(32, 1, 8, 8).round(decimals=1), torch.arange(32) % 10
-    with grad_mode():
-        x_adv = quickstart.pgd(model, x, y, eps=0.2, steps=5, step_size=0.05)
-    assert not x_adv.requires_grad
-    assert (x_adv - x).abs().max() <= 0.2 + 1e-6
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
-    with quickstart.eval_mode(model), torch.no_grad():
-        noisy = (x + 0.2 * torch.randn_like(x).sign()).clamp(0, 1)
-        clean, noise, attack = (nn.functional.cross_entropy(model(images), y) for images in (x, noisy, x_adv))
-    assert attack > max(clean, noise) + 0.03
-
-
-def test_pgd_leaves_modes_gradients_and_statistics_alone(quickstart, model):
-    modes = {name: module.training for name, module in model.named_modules()}
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    quickstart.pgd(model, torch.rand(4, 1, 8, 8), torch.arange(4), eps=0.2, steps=2, step_size=0.05)
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert len(set(modes.values())) == 2
-    assert all((parameter.grad == 3).all() and parameter.requires_grad for parameter in model.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_modes_are_restored_when_the_model_raises(quickstart, model):
-    modes = {name: module.training for name, module in model.named_modules()}
-    with pytest.raises(RuntimeError):
-        quickstart.pgd(model, torch.rand(4, 3, 8, 8), torch.arange(4), eps=0.2, steps=2, step_size=0.05)
-    assert {name: module.training for name, module in model.named_modules()} == modes
-
-
-class Stubborn(nn.Module):
-    """Always says 0, with gradients that lead nowhere; counts the forward passes."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return 1e-3 * x.flatten(1)[:, :10] + torch.tensor([9.0, *range(9)]) / 3
-
-
-def test_apgd_takes_the_steps_that_are_printed(quickstart, tmp_path):
-    args = quickstart.parse_args(["--apgd-steps", "7", "--test-images", "10", "--out", str(tmp_path / "a.png")])
-    model, n, targets = Stubborn(), 7, quickstart.APGD_TARGETS
-    x, y = torch.rand(10, 1, 8, 8), torch.zeros(10, dtype=torch.int64)
-    result = quickstart.attack("model", model, (x, y), args)
-    assert result.apgd.all()
-    # A run of APGD evaluates its start and each step; around it, one pass for the predictions (of each target).
-    apgd = (1 + 1 + n) + 1 + targets * (1 + 1 + n)
-    pgd, own = 20, 5
-    assert model.calls == apgd + pgd + own
+    monkeypatch.setattr(quickstart, "train_teacher", stop)
+    options = ["--recipe", "literal", *given, "--beta", "0", "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    assert quickstart.main(options) == 130
+    assert [(options.tau, options.beta, options.device) for options in seen] == [(tau, 0, "cpu")]
