@@ -6,7 +6,6 @@ import shlex
 import time
 from dataclasses import asdict, replace
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from benchmarks.study import measure
 from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, SPLIT_SEED, Run
 from benchmarks.study.records import EPOCH, RUN, WHICH, frame, replace_file
 from benchmarks.study.variants import ChangedCKTAT, ChangedTRADES
+from cktat_loss import __version__
 
 RECORD = "record.json"
 
@@ -60,7 +60,7 @@ def train_and_measure(run: Run, root: Path, extra: str) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cktat_loss": version("cktat-loss"),
+        "cktat_loss": __version__,
         "date": date.today().isoformat(),
     }
     _save(run, root, record)
