@@ -84,7 +84,7 @@ def study(options: Options) -> int:
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
     devices = set()
     for runs in grids.values():  # wrong options and missing images are known at once
-        configs = [config_of(run, root, options.options) for run in runs]
+        configs = [config_of(run, root, options.options) for run in {run.method: run for run in runs}.values()]
         devices |= {device_of(config.device) for config in configs}
         for device in devices:
             train.open_data(configs[0], Ranks(device))
@@ -124,7 +124,7 @@ def is_done(run: Run, root: Path, extra: str) -> bool:
         UserError: it is one of a run with the same name and other options.
     """
     record = record_of(run, root)
-    for name, value in told(run, extra).items():
+    for name, value in told(run.dataset, run.method, extra).items():
         if record and record[name] != value:
             raise UserError(
                 f"{run.name} is there already, with {name} {record[name]!r} and not {value!r}: "

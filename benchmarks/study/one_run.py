@@ -6,6 +6,7 @@ import shlex
 import time
 from dataclasses import asdict, replace
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def train_and_measure(run: Run, root: Path, extra: str) -> None:
     measured = measure.on_validation(trained(run, root).to(device), images, run.eps, source)
     record = {
         **asdict(run),
-        **told(run, extra),
+        **told(run.dataset, run.method, extra),
         **measured,
         "train_seconds": sum(row["train_seconds"] for row in read_log(_folder(run, root) / "log.csv")),
         "measure_seconds": time.perf_counter() - started,
@@ -113,9 +114,11 @@ def trained(run: Run, root: Path) -> nn.Module:
     return from_checkpoint(path)
 
 
-def told(run: Run, extra: str) -> dict[str, str | int]:
+@cache
+def told(dataset: str, method_name: str, extra: str) -> dict[str, str | int]:
     """What a run is told, beside its name: of two runs with one name, whether they are the same."""
-    method, config = METHODS[run.method], config_of(run, Path(), extra)
+    setting, method = SETTINGS[dataset], METHODS[method_name]
+    config = config_of(Run(dataset, setting.arch, method_name, setting.eps[0], 0), Path(), extra)
     changes = ", ".join(f"{name}={value}" for name, value in method.change.items())
     options = " | ".join(filter(None, (f"{method.options} {extra}".strip(), changes)))
     return {"options": options, "split_seed": config.split_seed, "epochs": config.epochs}
