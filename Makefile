@@ -22,7 +22,7 @@ demo: $(VENV)/.examples  ## train, attack and draw on real digits: out/quickstar
 	$(RUN) examples/quickstart.py $(ARGS)
 
 study: $(VENV)/.study  ## the methods compared on digits, in ten minutes (ARGS=--full: all of docs/study.md, hours)
-	$(RUN) examples/study.py $(ARGS)
+	$(RUN) -m benchmarks.study $(ARGS)
 
 test-fast: $(VENV)/.test  ## lint, types and the tests of the library
 	$(MAKE) --jobs=2 --output-sync=target lint test-library

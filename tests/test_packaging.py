@@ -141,6 +141,9 @@ def test_the_sdist_holds_the_whole_house(built):
         assert tracked, folder
         assert tracked <= names
     assert {"pyproject.toml", "LICENSE", "Makefile", "CHANGELOG.md", "cktat_loss/py.typed"} <= names
+    csvs = {name for name in names if name.endswith(".csv")}
+    assert "benchmarks/study/methods.csv" in csvs
+    assert not [name for name in csvs if name.startswith("docs/study/")]  # the study's data stays in the repository
 
 
 # What is public: names, orders and defaults, to the letter.

@@ -13,15 +13,14 @@ APGD, STANDARD = Budget(apgd_steps=50, targets=3), Budget()
 
 
 def on_validation(model: nn.Module, images: Images, eps: float, source: nn.Module | None) -> dict[str, float | None]:
-    """Accuracies and signs of gradient masking, by the names of records.Record.
+    """Accuracies and signs of gradient masking, by the names of records.RUN.
 
     Args:
         model: on the device to run on, in eval mode afterwards.
         images: to attack within eps (Linf, of pixels in [0, 1]).
         source: a network whose adversarial images to try too.
     """
-    evaluation = _evaluate(model, images, ("pgd20", "cw", "apgd"), eps, APGD)
-    right = {name: hits.double().mean().item() for name, hits in evaluation.hits.items()}
+    right = _right(model, images, ("pgd20", "cw", "apgd"), eps, APGD)
     if source is not None:
         source.to(_device(model)).eval().requires_grad_(False)
     parts = [_on_batch(model, x, y, eps, source) for x, y in DataLoader(images, BATCH)]
@@ -39,26 +38,26 @@ def on_validation(model: nn.Module, images: Images, eps: float, source: nn.Modul
     }
 
 
-def on_test(model: nn.Module, images: Images, eps: float, autoattack_images: int) -> dict[str, float | int]:
+def on_test(model: nn.Module, images: Images, eps: float, autoattack_images: int) -> dict[str, float]:
     """The final read: of all test images, and AutoAttack's standard version on the first so many."""
-    whole = _evaluate(model, images, ("pgd20", "apgd"), eps, APGD).hits
+    whole = _right(model, images, ("pgd20", "apgd"), eps, APGD)
     some = Subset(images, range(min(autoattack_images, len(images))))
-    robust = _evaluate(model, some, ("autoattack",), eps, STANDARD).hits["AutoAttack"]
     return {
-        "test_natural": whole["clean"].double().mean().item(),
-        "test_pgd20": whole["PGD-20"].double().mean().item(),
-        "test_apgd": whole["APGD-T"].double().mean().item(),
-        "test_autoattack": robust.double().mean().item(),
+        "test_natural": whole["clean"],
+        "test_pgd20": whole["PGD-20"],
+        "test_apgd": whole["APGD-T"],
+        "test_autoattack": _right(model, some, ("autoattack",), eps, STANDARD)["AutoAttack"],
         "test_autoattack_images": len(some),
     }
 
 
-def _evaluate(
+def _right(
     model: nn.Module, images: Images | Subset, attacks: tuple[str, ...], eps: float, budget: Budget
-) -> Evaluation:
+) -> dict[str, float]:
+    """The share of images that are still right after each attack."""
     evaluation = Evaluation(model, images, eps=eps, device=_device(model))
     evaluation.run(attacks, budget)
-    return evaluation
+    return {name: hits.double().mean().item() for name, hits in evaluation.hits.items()}
 
 
 def _on_batch(
@@ -88,8 +87,3 @@ def _attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def device_name(device: torch.device) -> str:
-    """What a record says of where it was made."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,15 +1,12 @@
-"""What the study trains with beside the methods of methods.py: controls, and remedies that were tried."""
+"""What the study trains with beside the methods of examples/methods.py: controls, and remedies that were tried."""
 
-import argparse
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from methods import CKTAT, TRADES, Method, Objective, Terms
-from torch import Tensor, nn
-from train_cktat import method_of
+from methods import CKTAT, TRADES, Terms
+from pgd import Objective
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class ChangedCKTAT(CKTAT):
         of_batch: every sample has its batch's mean of beta_i: steps change over time as they do, no sample goes first.
         mean_1: divide the loss of a batch by the mean of 1 + beta_i: samples differ in weight, and no step is longer.
         clean_guidance: weight of KL(softmax(T(x)/tau) || softmax(S(x))): the teacher anchors S(x) too.
+        clean_label: weight of the cross-entropy CE(S(x), y): the labels anchor S(x).
         label: weight of the cross-entropy CE(S(x'), y): the teacher's mistakes are not all that is learned.
         logit_penalty: weight of the mean square of S(x'), against logits so large that gradients vanish.
         objective: what the training attack maximises.
@@ -37,6 +35,7 @@ class ChangedCKTAT(CKTAT):
     of_batch: bool = False
     mean_1: bool = False
     clean_guidance: float = 0.0
+    clean_label: float = 0.0
     label: float = 0.0
     logit_penalty: float = 0.0
     objective: Objective = "ce"
@@ -44,7 +43,7 @@ class ChangedCKTAT(CKTAT):
     @property
     def clean_forward(self) -> bool:
         """Whether S(x) is computed, which BatchNorm sees too."""
-        return self.mixing or self.shared or self.clean_guidance > 0
+        return self.mixing or self.shared or self.clean_guidance > 0 or self.clean_label > 0
 
     def __call__(
         self, *, clean_logits: Tensor | None, adv_logits: Tensor, teacher_logits: Tensor, y: Tensor, beta: float
@@ -69,6 +68,8 @@ class ChangedCKTAT(CKTAT):
                 clean_logits=clean_logits, adv_logits=clean_logits, teacher_logits=teacher_logits
             )
             per_sample = per_sample + self.clean_guidance * on_clean
+        if self.clean_label:
+            per_sample = per_sample + self.clean_label * F.cross_entropy(clean_logits.float(), y, reduction="none")
         if self.label:
             per_sample = per_sample + self.label * F.cross_entropy(adv_logits.float(), y, reduction="none")
         if self.logit_penalty:
@@ -98,17 +99,3 @@ class ChangedTRADES(TRADES):
         target = (clean.detach() if self.detach_clean else clean).log_softmax(1)
         consistency = F.kl_div(adv, target, reduction="batchmean", log_target=True)
         return Terms(F.cross_entropy(clean, y) + beta * consistency, consistency=consistency.detach())
-
-
-def changed(change: Mapping[str, Any]) -> Callable[[argparse.Namespace, nn.Module | None], Method]:
-    """What makes a method for train_cktat.run: the one that its options ask for, with these changes."""
-
-    def new_method(args: argparse.Namespace, teacher: nn.Module | None) -> Method:
-        method = method_of(args, teacher)
-        if not change:
-            return method
-        if isinstance(method, CKTAT):
-            return ChangedCKTAT(method.criterion, method.adaptive, method.guidance, **change)
-        return ChangedTRADES(**change)
-
-    return new_method
