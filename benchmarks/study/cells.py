@@ -1,6 +1,6 @@
 """The cells of the study's tables: accuracies in %, mean ± standard deviation over seeds, and differences in points."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import fmean
 
 import pandas as pd
@@ -12,12 +12,6 @@ NAMES = {
     "natural": "natural", "pgd20": "PGD-20", "cw30": "CW-30", "apgd": "APGD", "transfer": "transfer",
     "autoattack": "AutoAttack",
 }  # fmt: skip
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """A table, or "" without lines."""
-    rows = [head, ["---"] * len(head), *lines] if lines else []
-    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |\n" for row in rows)
 
 
 def percent(shares: pd.Series) -> str:

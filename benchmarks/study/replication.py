@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from benchmarks.study.cells import difference, markdown, percent
+from benchmarks import markdown
+from benchmarks.study.cells import difference, percent
 from benchmarks.study.paired import interval, paired_differences
 from benchmarks.study.records import select
 
@@ -38,7 +39,7 @@ def table(found: pd.DataFrame) -> str:
         dead = int((runs["natural"] < DEAD).sum())
         lines.append([method, added, percent(runs["natural"]), percent(runs["apgd"]), *cells, dead or "-", len(runs)])
     head = ["method", "with", "natural", "APGD", "APGD − pgd-at", "APGD − without", "natural below 50 %", "seeds"]
-    return markdown(head, lines) + EACH if lines else ""
+    return markdown.table(head, lines) + EACH if lines else ""
 
 
 def together(replication: pd.DataFrame, runs: pd.DataFrame) -> str:
@@ -54,4 +55,4 @@ def together(replication: pd.DataFrame, runs: pd.DataFrame) -> str:
         return ""
     parts["both"] = pd.concat(parts.values())
     lines = [[name, difference(interval(values)), len(values)] for name, values in parts.items()]
-    return markdown(["runs of", "APGD, adaptive-clean-guidance − adaptive", "pairs"], lines) + EACH
+    return markdown.table(["runs of", "APGD, adaptive-clean-guidance − adaptive", "pairs"], lines) + EACH

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks import markdown
 from benchmarks.study import figures, grid, records, tables
 from benchmarks.study.cells import radius
 from benchmarks.study.claims import CLAIMS, FIRST, SECOND, Claim
@@ -146,20 +147,6 @@ def _captioned(table: Callable[[str, float], str], radii: int | None = None) -> 
     )
 
 
-def replaced(text: str, name: str, content: str) -> str:
-    """The text, with the content between the markers of that name.
-
-    Raises:
-        ValueError: the text has not one marker of each kind, the beginning first.
-    """
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    start, stop = text.find(begin), text.find(end)
-    if text.count(begin) != 1 or text.count(end) != 1 or stop < start:
-        raise ValueError(f"the text must have the markers {begin} and {end} once each, in this order")
-    body = f"\n{content.strip()}\n\n" if content else ""
-    return f"{text[:start]}{begin}\n{body}{text[stop:]}"
-
-
 def write_blocks(path: Path, blocks: Mapping[str, str]) -> None:
     """Put each content between the markers of its name in a Markdown file: all of them, or on an error none.
 
@@ -169,7 +156,7 @@ def write_blocks(path: Path, blocks: Mapping[str, str]) -> None:
     text = path.read_text(encoding="utf-8")
     for name, content in blocks.items():
         try:
-            text = replaced(text, name, content)
+            text = markdown.replaced(text, name, content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     records.replace_file(path, text.encode())

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
+from benchmarks import markdown
 from benchmarks.study import grid
-from benchmarks.study.cells import NAMES, counts, difference, level, markdown, mean_of, measured, named, percent, radius
+from benchmarks.study.cells import NAMES, counts, difference, level, mean_of, measured, named, percent, radius
 from benchmarks.study.claims import MEASURES, Claim, measures
 from benchmarks.study.paired import interval, paired_differences
 from benchmarks.study.records import by_method, select
@@ -42,7 +43,7 @@ def listing(
         [named(str((labels or {}).get(method, method)), runs), *(cell(method, runs) for _, cell in columns)]
         for method, runs in groups.items()
     ]
-    return markdown([head, *(name for name, _ in columns)], lines)
+    return markdown.table([head, *(name for name, _ in columns)], lines)
 
 
 def methods_table(records: pd.DataFrame) -> str:
@@ -56,7 +57,7 @@ def methods_table(records: pd.DataFrame) -> str:
         method = grid.METHODS[name]
         changes = [f"`{field} = {value!r}`" for field, value in method.change.items()]
         lines.append([name, method.about, ", ".join([f"`{method.options}`", *changes])])
-    return markdown(["method", "what it is", "options"], lines)
+    return markdown.table(["method", "what it is", "options"], lines)
 
 
 def main_table(
@@ -127,7 +128,7 @@ def capacity_table(records: pd.DataFrame, dataset: str) -> str:
             both = [named(f"{percent(runs['natural'])} / {percent(runs['apgd'])}", runs) for runs in cells]
             lines.append([method, *("-" if text == "- / -" else text for text in both), counts(cells)])
     widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
-    return markdown(["method", *widths, "seeds"], lines)
+    return markdown.table(["method", *widths, "seeds"], lines)
 
 
 def test_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
@@ -158,7 +159,7 @@ def claims_table(records: pd.DataFrame, claims: Sequence[Claim], comparisons: in
         judged, result = True, interval(differences, comparisons)
         verdict = "yes" if result.low > 0 else "no" if result.high < 0 else "not shown"
         lines.append([*line, difference(result), verdict, len(differences)])
-    table = markdown(["where", "claim", "of", "difference", "holds", "pairs"], lines if judged else [])
+    table = markdown.table(["where", "claim", "of", "difference", "holds", "pairs"], lines if judged else [])
     return table and table + level(comparisons)
 
 
@@ -188,7 +189,7 @@ def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
         f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}, {measured(name, found[dataset])}"
         for dataset, name in columns
     ]
-    return markdown(["accuracy in %", *head, "seeds"], lines)
+    return markdown.table(["accuracy in %", *head, "seeds"], lines)
 
 
 def agreement_table(

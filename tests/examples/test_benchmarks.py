@@ -319,7 +319,7 @@ def test_the_fastest_is_bold() -> None:
 
 
 def test_a_table_without_its_markers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no markers <!-- begin: loss -->"):
+    with pytest.raises(ValueError, match="the markers <!-- begin: loss -->"):
         markdown.replaced("text", "loss", "table")
     text = "a <!-- begin: loss --> old <!-- end: loss --> b"
     once = markdown.replaced(text, "loss", "| \\1 |\n")

@@ -13,7 +13,8 @@ image = pytest.importorskip("matplotlib.image")
 pd = pytest.importorskip("pandas")
 pytest.importorskip("scipy")
 
-from benchmarks.study import cells, claims, figures, grid, records, replication, report, tables
+from benchmarks import markdown
+from benchmarks.study import claims, figures, grid, records, replication, report, tables
 from benchmarks.study.paired import interval, paired_differences
 
 with_data = pytest.mark.skipif(
@@ -245,7 +246,6 @@ def test_methods_are_explained() -> None:
         ["clean", grid.METHODS["clean"].about, "`--method clean`"],
         ["adaptive-one-hot", grid.METHODS["adaptive-one-hot"].about, "`--recipe adaptive`, `one_hot = True`"],
     ]
-    assert cells.markdown(["a|b"], [["c"]]) == "| a\\|b |\n| --- |\n| c |\n"
 
 
 def test_the_final_read_has_only_what_was_read() -> None:
@@ -482,7 +482,7 @@ BEGIN, END = "<!-- begin: a -->", "<!-- end: a -->"
 @pytest.mark.parametrize("text", [BEGIN, END, END + BEGIN, 2 * (BEGIN + END)])
 def test_markers_must_be_there_once_and_in_order(text) -> None:
     with pytest.raises(ValueError, match="must have the markers"):
-        report.replaced(text, "a", "new")
+        markdown.replaced(text, "a", "new")
 
 
 @pytest.fixture
@@ -563,4 +563,4 @@ def test_the_committed_pages_are_what_the_committed_csvs_say() -> None:
     ):
         text = (report.ROOT / name).read_text()
         for block, content in blocks.items():
-            assert report.replaced(text, block, content) == text, f"{block} in {name}: make study ARGS=--report"
+            assert markdown.replaced(text, block, content) == text, f"{block} in {name}: make study ARGS=--report"
