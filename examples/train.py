@@ -230,9 +230,11 @@ def end_epoch(state: State, scores: Row | None, seconds: float, events: Any) -> 
             state.best = score
             runtime.save(config.out / "best.pt", usable(state))
         runtime.write_log(config.out / "log.csv", state.history)  # a run that stops before save_last writes it again
-        for name, value in state.history[-1].items() if events else ():
-            if value is not None:
-                events.add_scalar(name, value, state.epoch)
+        if events is not None:
+            for name, value in state.history[-1].items():
+                if value is not None:
+                    events.add_scalar(name, value, state.epoch)
+            events.flush()
         print(line(state.history[-1], config.epochs), flush=True)
     save_last(state)
 
