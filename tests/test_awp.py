@@ -126,3 +126,17 @@ def test_a_gradient_that_overflows_moves_nothing(awp, batch):
     before = copy.deepcopy(model.state_dict())
     with awp.perturbed(model, lambda: float("inf") * at(model, x, x, y), GAMMA):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_come_back_after_an_exception(awp, batch):
+    x, y = batch
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+
+    def interrupted():
+        with awp.perturbed(model, lambda: at(model, x, x, y), GAMMA):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
