@@ -14,7 +14,7 @@ demo: $(READY)  ## train, attack and draw on real digits: out/quickstart.png (AR
 	$(RUN) examples/quickstart.py $(ARGS)
 
 study: $(READY)  ## the methods compared on digits, in ten minutes (ARGS=--full: all of docs/study.md, hours)
-	$(RUN) examples/study.py $(ARGS)
+	$(RUN) -m benchmarks.study $(ARGS)
 
 test: lint  ## all that CI checks: lint, test-torch and test-triton, side by side
 	$(MAKE) --jobs=2 --output-sync=target test-torch test-triton
