@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def study(options: Options) -> int:
     """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
     # Runs name their teachers by their paths, and would not go on if these were spelled in another way.
-    root, failed = options.out.resolve(), {}
-    grids = chosen(options)
+    root, grids = options.out.resolve(), chosen(options)
+    failed: dict[Run, str] = {}
     if options.final and not any(map(claims.claimed, grids.values())):
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
     devices = set()
