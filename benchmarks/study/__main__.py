@@ -54,16 +54,17 @@ class Options:
     report: bool = False
     """run nothing: make docs/study.md, its figures and the README's table of the CSVs in docs/study"""
     take_in: Annotated[Path | None, default("none")] = None
-    """before the report, add the CSVs of this folder to those in docs/study"""
+    """add the CSVs of this folder to those in docs/study, then --report"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    once = (tyro.conf.FlagCreatePairsOff,)  # --full, without a --no-full beside it
+    options = tyro.cli(Options, prog="python -m benchmarks.study", args=argv, description=__doc__, config=once)
     try:
-        if not options.report:
-            return study(options)
         if options.take_in:
             report.take_in(options.take_in)
+        elif not options.report:
+            return study(options)
         for path in report.report(report.load()):
             print(f"saved {path}")
         return 0
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def study(options: Options) -> int:
     """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
     # Runs name their teachers by their paths, and would not go on if these were spelled in another way.
-    root, failed = options.out.resolve(), {}
-    grids = chosen(options)
+    root, grids = options.out.resolve(), chosen(options)
+    failed: dict[Run, str] = {}
     if options.final and not any(map(claims.claimed, grids.values())):
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
     devices = set()

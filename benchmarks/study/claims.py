@@ -32,7 +32,12 @@ class Claim:
     seeds: range
 
     def __post_init__(self) -> None:
-        known = {"dataset": SETTINGS, "better": METHODS, "worse": METHODS, "measure": MEASURES}
+        known: dict[str, Iterable[str]] = {
+            "dataset": SETTINGS,
+            "better": METHODS,
+            "worse": METHODS,
+            "measure": MEASURES,
+        }
         for name, names in known.items():
             if (value := getattr(self, name)) not in names:
                 raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}")

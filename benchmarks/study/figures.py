@@ -175,7 +175,7 @@ def _where(dataset: str) -> str:
     return f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}"
 
 
-def _look(method: str) -> dict[str, str]:
+def _look(method: str) -> dict[str, str | None]:
     """Of a method's points and lines, the same in every figure; those of controls are hollow."""
     control = method in grid.CONTROLS
     place = (grid.CONTROLS if control else grid.MAIN).index(method)

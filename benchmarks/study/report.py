@@ -57,11 +57,14 @@ def load(folder: Path = RESULTS) -> Results:
 
 def take_in(folder: Path, into: Path = RESULTS) -> None:
     """Add the CSVs that the study's command left in a folder to those of later versions than 0.1.0; no run is lost."""
+    merged = {}
     for name, columns in CSVS.items():
         path = into / f"{name}{LATER}.csv"
-        both = pd.concat([records.read(path, columns), records.read(folder / f"{name}.csv", columns)])
+        both = [records.read(path, columns), records.read(folder / f"{name}.csv", columns)]
         key = [column for column in (*records.WHICH, "epoch") if column in columns]
-        records.write(path, both.drop_duplicates(key, keep="last").sort_values(key, ignore_index=True))
+        merged[path] = pd.concat(both).drop_duplicates(key, keep="last").sort_values(key, ignore_index=True)
+    for path, table in merged.items():
+        records.write(path, table)
 
 
 def report(results: Results, folder: Path = RESULTS, *, root: Path = ROOT) -> list[Path]:

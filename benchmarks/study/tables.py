@@ -146,7 +146,8 @@ def claims_table(records: pd.DataFrame, claims: Sequence[Claim], comparisons: in
     Args:
         comparisons: claims that the intervals are corrected for, earlier rounds included.
     """
-    lines, judged = [], False
+    lines: list[list[object]] = []
+    judged = False
     for claim in claims:
         found = select(records, claim.dataset, claim.eps)
         found = found[found["seed"].isin(claim.seeds) & found["method"].isin([claim.better, claim.worse])]

@@ -307,7 +307,7 @@ def test_missing_images_are_told_once_and_before_anything_is_run(study, tmp_path
         (["--jobs", "0"], "got '0', wanted a whole number in [1, 1024]"),
         (["--options=--lr x"], "got 'x', wanted a number in (0, 100]"),
         (["--options=--eps 9"], "--eps"),
-        (["--report", "--take-in", "nowhere"], "nowhere/runs.csv"),
+        (["--take-in", "nowhere"], "nowhere/runs.csv"),
         (["--dataset", "imagenet"], "imagenet"),
     ],
 )
