@@ -1,48 +1,83 @@
-# Everything runs in .venv, which is made anew whenever pyproject.toml changes. ARGS passes options through.
+# Everything runs in one virtual environment. Each target installs its own extra of pyproject.toml there, once, beside
+# what other targets have installed. ARGS passes options through.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+# Versions to hold an environment to: make test-floor says the oldest torch.
+PIN ?=
 RUN := $(VENV)/bin/python
-READY := $(VENV)/.ready
+
+# The oldest torch that pyproject.toml promises, and a Python that it has wheels for.
+FLOOR := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject.toml)
+FLOOR_PYTHON ?= python3.10
+PYTHONS = $(foreach minor,10 11 12 13 14 15,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test lint test-torch test-triton mutants bench kernels gpu
+.PHONY: help demo study test test-fast test-library test-torch test-triton test-floor test-versions lint docs mutants \
+        bench kernels gpu
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
-demo: $(READY)  ## train, attack and draw on real digits: out/quickstart.png (ARGS="--help" for the options)
+demo: $(VENV)/.examples  ## train, attack and draw on real digits: out/quickstart.png (ARGS="--help" for the options)
 	$(RUN) examples/quickstart.py $(ARGS)
 
-study: $(READY)  ## the methods compared on digits, in ten minutes (ARGS=--full: all of docs/study.md, hours)
-	$(RUN) examples/study.py $(ARGS)
+study: $(VENV)/.study  ## the methods compared on digits, in ten minutes (ARGS=--full: all of docs/study.md, hours)
+	$(RUN) -m benchmarks.study $(ARGS)
 
-test: lint  ## all that CI checks: lint, test-torch and test-triton, side by side
+test-fast: $(VENV)/.test  ## lint, types and the tests of the library
+	$(MAKE) --jobs=2 --output-sync=target lint test-library
+
+test: $(VENV)/.test-all  ## all that CI checks: lint, docs, every test, and those of the loss again on the Triton kernels
+	$(MAKE) lint docs
 	$(MAKE) --jobs=2 --output-sync=target test-torch test-triton
 
-test-torch: $(READY)  ## the tests, but for those in Triton's interpreter (ARGS="-k masks" for a part of them)
+test-library: $(VENV)/.test
+	$(RUN) -m pytest --ignore=tests/examples $(ARGS)
+
+test-torch: $(VENV)/.test-all  ## every test but those on the kernels (ARGS="-k masks" for a part of them)
 	$(RUN) -m pytest $(ARGS)
 
-test-triton: $(READY)  ## the tests of the loss again, on the Triton kernels, in Triton's interpreter
-	$(RUN) -m pytest -m interpreter $(ARGS)
+test-triton: $(VENV)/.test  ## the tests of the loss again, on the Triton kernels, in Triton's interpreter
+	$(RUN) -m pytest -m interpreter --ignore=tests/examples $(ARGS)
 
-lint: $(READY)  ## ruff and mypy --strict
+test-floor:  ## the tests of the library on the oldest torch that is promised, in an environment of its own
+	$(MAKE) VENV=.venv-floor PYTHON=$(FLOOR_PYTHON) PIN='"torch==$(FLOOR).*"' test-library
+
+test-versions:  ## the tests of the library on every Python that is found, in an environment for each
+	@echo "found: $(PYTHONS)"
+	@failed=; for python in $(PYTHONS); do \
+	    $(MAKE) VENV=.venv-$$python PYTHON=$$python test-library || failed="$$failed $$python"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+lint: $(VENV)/.test  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-mutants: $(READY)  ## break the library in named ways, and see a named test fail for each
+docs: $(VENV)/.docs  ## the documentation as a site that needs no network: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+mutants: $(VENV)/.test  ## break the library in named ways, and see a named test fail for each
 	$(RUN) tests/mutations.py $(ARGS)
 
-bench: $(READY)  ## time, memory, accuracy and training steps on this machine, in ten minutes: benchmarks/results
+bench: $(VENV)/.bench  ## time, memory, accuracy and training steps on this machine, in ten minutes: benchmarks/results
 	$(RUN) -m benchmarks $(ARGS)
 
-kernels: $(READY)  ## what the compiler makes of the kernels, for GPUs that aren't here: benchmarks/results/kernels.md
+kernels: $(VENV)/.bench  ## what the compiler makes of the kernels, for GPUs that aren't here: benchmarks/results/kernels.md
 	$(RUN) -m benchmarks.kernels $(ARGS)
 
-gpu: $(READY)  ## on a GPU: its tests and benchmarks, one report in benchmarks/results named after the device
-	$(RUN) -m benchmarks.gpu $(ARGS)
+gpu:  ## on a GPU: its tests and benchmarks, one report named after the device; installs nothing
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-$(READY): pyproject.toml
-	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+# A stamp for each extra. What is installed stays when pyproject.toml changes: pip adds what is missing.
+$(VENV)/.%: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[$*]" $(PIN)
 	touch $@
+
+# The documentation is read from the sources, so it needs no torch.
+$(VENV)/.docs: docs/requirements.txt | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)

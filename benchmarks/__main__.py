@@ -1,4 +1,4 @@
-"""All benchmarks of this machine, their pictures, and the README's tables, within some minutes.
+"""All benchmarks of this machine, their pictures, and the tables of README and docs, within some minutes.
 
 python -m benchmarks          (--help explains the options)
 python -m benchmarks host     the host's share of a small loss, on a GPU: see benchmarks/host.py
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = out / f"step-{machine.slug(args.device)}.csv"
         good.append(run("step", "--out", str(file), *where, *STEP[args.device], seconds=left()))
     good.append(run("plots", "--results", str(out), seconds=60))
-    if out == machine.RESULTS:  # the README shows these
+    if out == machine.RESULTS:  # the pages show these
         good.append(run("tables", seconds=60))
     if not all(good):
         raise SystemExit("not everything ended well")

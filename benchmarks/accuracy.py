@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     rows = [row | where for row in Bench(losses, args.device, args.rows, args.classes).run()]
     path: Path = args.out / f"accuracy-{machine.slug(args.device)}.csv"
     machine.write(path, rows)
-    print(f"\n{tables.accuracy_for_readme(machine.read(path))}\nsaved {path}")
+    print(f"\n{tables.accuracy_tables(machine.read(path))}\nsaved {path}")
     return path
 
 

@@ -9,6 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -51,6 +52,15 @@ def free_bytes(device: str) -> int:
     except OSError:  # not Linux: half of what there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+
+
+@cache
+def computes() -> bool:
+    """Whether the GPU does what it is told. A stand-in of a driver, made to time the host alone, does not."""
+    try:
+        return torch.arange(1000, device="cuda").sum().item() == 499_500
+    except RuntimeError:
+        return False
 
 
 def default_device() -> str:

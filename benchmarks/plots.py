@@ -4,7 +4,7 @@ python -m benchmarks.plots          (--help explains the options)
 
     time-<device>.png      time of forward and backward against C, and the copy that nothing can beat
     error-<device>.png     relative error of the KL against the KL itself
-    memory-<device>.png    peak memory of forward and backward, a bar a contender
+    memory-<device>.png    peak memory of forward and backward, a bar for each contender
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def memory_bars(rows: Sequence[Row]) -> Figure:
     bars = axes.barh(names, values, color=[STYLES[name][0] for name in names])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.axvline(2, color="0.4", linestyle=":", linewidth=1.5)
-    axes.set(xlabel="elements a logit position, beyond the logits (dotted: the two gradients)")
+    axes.set(xlabel="elements per logit position, beyond the logits (dotted: the two gradients)")
     return figure
 
 

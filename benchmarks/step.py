@@ -1,19 +1,22 @@
 """What one training step costs, phase by phase: CKTAT, PGD-AT, and TRADES as its authors' code runs it.
 
-    python benchmarks/step.py                                 ResNet-18, batch 32, 32 x 32, PGD-10, on the CPU
-    python benchmarks/step.py --flops --batch 1               count operations instead, and what a run takes on a GPU
-    python benchmarks/step.py --flops --batch 1 --arch wrn-34-10
+    python -m benchmarks.step                                 ResNet-18, batch 32, 32 x 32, PGD-10, on the CPU
+    python -m benchmarks.step --flops --batch 1               count operations instead, and what a run takes on a GPU
+    python -m benchmarks.step --flops --batch 1 --arch wrn-34-10
 
 All take turns on one model, so that what else the machine does falls on each alike: compare the ratios, not the
 seconds of two runs. TRADES' code (github.com/yaodongyu/TRADES) runs the clean images through the model again in every
 step of its attack, and twice for its loss; `TRADES, lean` is the same algorithm without that.
 """
 
-import csv
-import platform
+from __future__ import annotations
+
+import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +26,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from benchmarks import machine, markdown
+from benchmarks.timing import quantiles
+from cktat_loss import CKTATLoss
 
-from clock import Clock
+sys.path.insert(0, str(machine.ROOT / "examples"))
+
 from models import build
-from options import Group, Number, device_name, manual
 from pgd import eval_mode, pgd
-
-from cktat_loss import CKTATLoss, adaptive_beta
 
 PHASES = ("attack", "teacher", "student")  # the student's forward and backward, with the optimizer's step
 EPS, STEP, BETA, CLASSES = 8 / 255, 2 / 255, 6.0, 10
 Rounds = dict[str, list[dict[str, float]]]  # by contender, the seconds of each phase in each round
 
-# For the estimate of hours: CIFAR-10 without 1000 validation images, and the epochs of train_clean.py, train_cktat.py.
+# For the estimate of hours: CIFAR-10 without 1000 validation images, and the epochs of examples/train.py.
 IMAGES, CLEAN_EPOCHS, EPOCHS = 49_000, 100, 110
 PEAK, SHARE = 312e12, 0.4  # dense bf16 FLOP/s of an A100 by its data sheet, and how much of it we assume to be reached
 
@@ -46,16 +49,39 @@ and once more, with its backward, in its loss. Without that (TRADES, lean) both 
 forward for its attack, CKTAT one of its teacher."""
 
 
+class Phases:
+    """Adds up the seconds of each phase of a step."""
+
+    def __init__(self, device: str, now: Callable[[], float]) -> None:
+        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self._now = now
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._wait()
+        start = self._now()
+        yield
+        self._wait()
+        self._seconds[name] += self._now() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call of this."""
+        taken = dict(self._seconds)
+        self._seconds.clear()
+        return taken
+
+
 class Bench:
     """One model, one batch, and a method for each contender: one training step, its phases timed by `clock`."""
 
-    def __init__(self, arch: str, batch: int, size: int, steps: int, clock: Clock, device: torch.device) -> None:
+    def __init__(self, arch: str, batch: int, size: int, steps: int, clock: Phases, device: str) -> None:
         self.model = build(arch, CLASSES, size=size, channels=3).to(device)
         self.x = torch.rand(batch, 3, size, size, device=device)
         self.y = torch.randint(CLASSES, (batch,), device=device)
         self.steps, self.clock = steps, clock
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        self.criterion = CKTATLoss(self.model, tau=2.0, detach_clean=True)
+        self.criterion = CKTATLoss(self.model, tau=2.0, beta=BETA, adaptive=True, detach_clean=True)
 
     @property
     def contenders(self) -> dict[str, Callable[[], None]]:
@@ -78,12 +104,10 @@ class Bench:
             teacher_logits = self.criterion.teacher(self.x)
         with self.clock("student"):
             clean_logits, adv_logits = self.model(torch.cat([self.x, x_adv])).chunk(2)
-            beta = adaptive_beta(adv_logits, self.y, beta=BETA)
-            self._descend(
-                self.criterion(
-                    clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits, beta=beta
-                )
+            loss = self.criterion(
+                clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits, y=self.y
             )
+            self._descend(loss)
 
     def trades(self) -> None:
         with self.clock("attack"), eval_mode(self.model):
@@ -144,22 +168,16 @@ def table(times: Rounds) -> list[dict[str, str | float]]:
     return rows
 
 
-def quantiles(values: Iterable[float], name: str) -> dict[str, float]:
-    ordered = sorted(values)
-    return {f"{name}_{percent}": ordered[round(percent / 100 * (len(ordered) - 1))] for percent in (20, 50, 80)}
-
-
-def markdown(rows: list[dict[str, str | float]], times: Rounds) -> str:
+def report(rows: list[dict[str, str | float]], times: Rounds) -> str:
     """Medians, and 20 - 80 % quantiles where they matter."""
     cell = {(row["contender"], row["phase"]): row for row in rows}
-    lines = [f"| | step, s | {', s | '.join(PHASES)}, s | times a PGD-AT step |", "|---" * (3 + len(PHASES)) + "|"]
+    lines = []
     for name in times:
         if name == "one forward":
             continue
-        step = cell[name, "step"]
-        parts = (f"{cell[name, phase]['s_50']:.3g}" if (name, phase) in cell else "-" for phase in PHASES)
-        ratio = f"**{step['ratio_50']:.2f}** ({step['ratio_20']:.2f} - {step['ratio_80']:.2f})"
-        lines.append(f"| {name} | {step['s_50']:.3g} | {' | '.join(parts)} | {ratio} |")
+        seconds = (f"{cell[name, phase]['s_50']:.3g}" if (name, phase) in cell else "-" for phase in ("step", *PHASES))
+        lines.append([name, *seconds, spread(cell[name, "step"], "ratio")])
+    text = markdown.table(["", "step, s", *(f"{phase}, s" for phase in PHASES), "times a PGD-AT step"], lines)
     for above, below, phase, other in (
         ("CKTAT's teacher", "one forward in eval mode", ("CKTAT", "teacher"), ("one forward", "forward")),
         ("a CKTAT step", "a TRADES step", ("CKTAT", None), ("TRADES", None)),
@@ -169,9 +187,12 @@ def markdown(rows: list[dict[str, str | float]], times: Rounds) -> str:
             [sum(phases.values()) if part is None else phases[part] for phases in times[name]]
             for name, part in (phase, other)
         )
-        ratio = quantiles([a / b for a, b in zip(one, two, strict=True)], "")
-        lines += ["", f"{above} / {below}: **{ratio['_50']:.2f}** ({ratio['_20']:.2f} - {ratio['_80']:.2f})"]
-    return "\n".join([*lines, "", WHY])
+        text += f"\n{above} / {below}: {spread(quantiles([a / b for a, b in zip(one, two, strict=True)], 'x'), 'x')}\n"
+    return f"{text}\n{WHY}"
+
+
+def spread(of: Mapping[str, Any], name: str) -> str:
+    return f"**{of[f'{name}_50']:.2f}** ({of[f'{name}_20']:.2f} - {of[f'{name}_80']:.2f})"
 
 
 class Flops(TorchDispatchMode):
@@ -191,7 +212,7 @@ class Flops(TorchDispatchMode):
 
 def count_flops(bench: Bench) -> str:
     """Floating-point operations of a step, an image, and the hours of a run that follow from them."""
-    lines = ["| | GFLOP an image | training on CIFAR-10, epochs | hours of an A100, estimated |", "|---|---|---|---|"]
+    lines = []
     contenders = {"clean": bench.clean, **bench.contenders}
     for name, step in contenders.items():
         with Flops() as counter:
@@ -199,43 +220,47 @@ def count_flops(bench: Bench) -> str:
         flops = counter.total / len(bench.x)
         epochs = CLEAN_EPOCHS if name == "clean" else EPOCHS
         hours = flops * IMAGES * epochs / (SHARE * PEAK) / 3600
-        lines.append(f"| {name} | {flops / 1e9:.1f} | {epochs} | {hours:.1f} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Counted: convolutions and matrix products, a multiply-add as 2. The hours are an estimate, for\n"
-            f"{IMAGES:,} images an epoch at an assumed {SHARE:.0%} of the {PEAK:.3g} dense bf16 FLOP/s of an A100,\n"
-            "without loading and validation. No GPU was timed; whatever is not counted makes it longer.",
-        ]
+        lines.append([name, f"{flops / 1e9:.1f}", epochs, f"{hours:.1f}"])
+    head = ["", "GFLOP an image", "training on CIFAR-10, epochs", "hours of an A100, estimated"]
+    return f"""{markdown.table(head, lines)}
+Counted: convolutions and matrix products, a multiply-add as 2. The hours are an estimate, for
+{IMAGES:,} images an epoch at an assumed {SHARE:.0%} of the {PEAK:.3g} dense bf16 FLOP/s of an A100,
+without loading and validation. No GPU was timed; whatever is not counted makes it longer."""
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number above 0")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="resnet18", help="of examples/models.py (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=32, help="images a step (default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=32, help="of the images, in pixels (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=10, help="of the attack (default: %(default)s)")
+    parser.add_argument("--flops", action="store_true", help="count operations instead of measuring time")
+    parser.add_argument(
+        "--rounds", type=positive, default=7, help="timed steps of each contender (default: %(default)s)"
     )
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = manual(__doc__)
-    group = Group(parser, "what to measure")
-    group.option("--arch", str, "resnet18", "of examples/models.py", metavar="NAME")
-    group.option("--batch", Number(int, 1, 10**6), 32, "images a step", metavar="IMAGES")
-    group.option("--size", Number(int, 1, 10**4), 32, "height and width of the images", metavar="PIXELS")
-    group.option("--steps", Number(int, 1, 1000), 10, "of the attack", metavar="N")
-    group.switch("--flops", "count operations instead of measuring time")
-    group = Group(parser, "how")
-    group.option("--rounds", Number(int, 1, 10**6), 7, "timed steps of each contender", metavar="N")
-    group.option("--threads", Number(int, 1, 1024), 1, "of the CPU", metavar="N")
-    group.option("--device", device_name, "cpu", "auto, cpu, cuda, ...", metavar="NAME")
-    out = Path(__file__).parent / "results" / "step.csv"
-    group.option("--out", Path, out, "CSV file of the times", shown="benchmarks/results/step.csv", metavar="FILE")
-    args = parser.parse_args(argv)
+    parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / "step.csv", help="(default: %(default)s)")
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     # Of one thread, the CPU's time: what else runs on the machine does not count.
-    cpu_time = args.device.type == "cpu" and args.threads == 1
-    clock = Clock(args.device, time.process_time if cpu_time else time.perf_counter)
+    cpu_time = args.device == "cpu" and args.threads == 1
+    clock = Phases(args.device, time.process_time if cpu_time else time.perf_counter)
     try:
         bench = Bench(args.arch, args.batch, args.size, args.steps, clock, args.device)
     except ValueError as error:
         parser.error(str(error))
 
+    if args.flops:
+        print(f"{args.arch}, {args.size} x {args.size}, {args.steps} attack steps\n\n{count_flops(bench)}")
+        return
     where = {
         "arch": args.arch,
         "batch": args.batch,
@@ -243,26 +268,14 @@ def main(argv: list[str] | None = None) -> None:
         "attack_steps": args.steps,
         "rounds": args.rounds,
         "clock": "CPU time" if cpu_time else "wall clock",
-        "threads": args.threads,
-        "device": str(args.device),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
+        **machine.environment(args.device),
     }
-    if args.flops:
-        print(f"{args.arch}, {args.size} x {args.size}, {args.steps} attack steps\n\n{count_flops(bench)}")
-        return
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print("medians; in brackets 20 - 80 % quantiles, of ratios round by round\n", flush=True)
     times = measure(bench, args.rounds)
     rows = table(times)
-    print(markdown(rows, times))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows(row | where for row in rows)
+    print(report(rows, times))
+    machine.write(args.out, [row | where for row in rows])
     print(f"\nsaved {args.out}")
 
 

@@ -2,28 +2,21 @@
 
 python -m benchmarks.tables          (--help explains the options)
 
-Rewrites what README.md has between ``<!-- begin: loss -->`` and ``<!-- end: loss -->``, and likewise for accuracy; and
-beside each loss-<device>.csv writes all of it, as loss-<device>.md.
+Rewrites what README.md has between ``<!-- begin: speed -->`` and ``<!-- end: speed -->``, and likewise in
+docs/benchmarks.md for loss and accuracy; and beside each loss-<device>.csv writes all of it, as loss-<device>.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, markdown
 
 Row = dict[str, str]
-README = machine.ROOT / "README.md"
 FORWARD, BOTH = "forward", "forward + backward"
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(str(cell) for cell in row) + " |\n" for row in rows)
 
 
 def distinct(rows: Iterable[Row], *names: str) -> list[tuple[str, ...]]:
@@ -75,7 +68,7 @@ def ratio_table(rows: Sequence[Row], spread: bool = False) -> str:
 
         n, classes, _, logits = of
         lines.append([f"{n} × {classes}", logits, *map(cell, names)])
-    return markdown(["N × C", "logits", "usual, µs", *(heading(name) for name in names[1:])], lines)
+    return markdown.table(["N × C", "logits", "usual, µs", *(heading(name) for name in names[1:])], lines)
 
 
 def heading(name: str) -> str:
@@ -93,7 +86,7 @@ def value_table(rows: Sequence[Row], column: str, show: Callable[[str], str]) ->
     for of in dict.fromkeys(map(problem, measured(rows))):
         here = {row["contender"]: show(row[column]) for row in measured(rows) if problem(row) == of}
         lines.append([f"{of[0]} × {of[1]}", of[3], *(here.get(name) or "-" for name in names)])
-    return markdown(["N × C", "logits", *map(heading, names)], lines)
+    return markdown.table(["N × C", "logits", *map(heading, names)], lines)
 
 
 def memory_table(rows: Sequence[Row]) -> str:
@@ -106,7 +99,7 @@ def memory_table(rows: Sequence[Row]) -> str:
         calls = [here[s]["launches"] or "-" if s in here else "-" for s in shapes]
         lines.append([name, " / ".join(peaks), calls[0] if len({*calls}) == 1 else " / ".join(calls)])
     of = " / ".join(f"{n} × {classes}" for n, classes in shapes)
-    return markdown([of, "peak memory, elements a logit position", "launches"], lines)
+    return markdown.table([of, "peak memory, elements per logit position", "launches"], lines)
 
 
 def one_decimal(text: str) -> str:
@@ -122,14 +115,25 @@ def rounds(rows: Sequence[Row]) -> str:
     return f"{min(numbers)} - {max(numbers)} rounds" if min(numbers) < max(numbers) else f"{numbers[0]} rounds"
 
 
-def loss_for_readme(rows: Sequence[Row]) -> str:
+def on_both_kinds(rows: Sequence[Row]) -> list[Row]:
     """The shapes that are measured on both kinds of logits: float32, forward and backward."""
     both = [row for row in rows if row.get("pass") == BOTH and row["dtype"] == "float32"]
     shapes = {(row["n"], row["classes"]) for row in both if row["logits"] == "small KL"}
-    chosen = sorted(
+    return sorted(
         (row for row in both if (row["n"], row["classes"]) in shapes),
         key=lambda row: (row["logits"], int(row["classes"])),
     )
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    """The README's: ours beside the usual expression, eager and compiled."""
+    shown = ("usual", "usual, compiled", "ours", "ours, compiled", "ours, Triton")
+    chosen = [r for r in on_both_kinds(rows) if r["logits"] == "independent" and r["contender"] in shown]
+    return f"{ratio_table(chosen)}\n{where(rows)}; medians of {rounds(chosen)}.\n"
+
+
+def loss_tables(rows: Sequence[Row]) -> str:
+    chosen = on_both_kinds(rows)
     provenance = f"{where(rows)}; {rows[0]['clock']}, medians of {rounds(chosen)}.\n"
     return "\n".join(
         [ratio_table(chosen), memory_table([r for r in chosen if r["logits"] == "independent"]), provenance]
@@ -143,15 +147,15 @@ def loss_report(rows: Sequence[Row], title: str = "#") -> str:
         here = [row for row in rows if row["dtype"] == dtype and row["pass"] == pass_]
         parts.append(f"{title}# {dtype}, {pass_}\n\nTimes faster than the usual expression: medians (20 - 80 %).\n")
         parts.append(ratio_table(here, spread=True))
-        parts.append("Speed of a copy that moves as many bytes as the fewest moves do, reached:\n")
+        parts.append("Share reached of the speed of a copy that moves as few bytes as any implementation must:\n")
         parts.append(value_table(here, "of_copy_speed", percent))
     for dtype, pass_ in distinct(measured(rows), "dtype", "pass"):
         here = [row for row in rows if row["dtype"] == dtype and row["pass"] == pass_]
-        parts.append(f"{title}# {dtype}, {pass_}: peak memory in elements a logit position\n")
+        parts.append(f"{title}# {dtype}, {pass_}: peak memory in elements per logit position\n")
         parts.append(value_table(here, "peak_elements", one_decimal))
         parts.append(f"{title}# {dtype}, {pass_}: launches\n")
         parts.append(value_table(here, "launches", str))
-        parts.append(f"{title}# {dtype}, {pass_}: page faults of a call\n")
+        parts.append(f"{title}# {dtype}, {pass_}: page faults of one call\n")
         parts.append(value_table(here, "page_faults", str))
     noted = [row for row in rows if row["note"]]
     if noted:
@@ -161,7 +165,7 @@ def loss_report(rows: Sequence[Row], title: str = "#") -> str:
             same = [row for row in noted if (row["dtype"], row["contender"], row["note"]) == (dtype, contender, note)]
             shapes = ", ".join(f"{n} × {classes}" for n, classes in distinct(same, "n", "classes") if n)
             lines.append([contender or "all", dtype or "all", shapes or "all", note])
-        parts.append(markdown(["contender", "dtype", "N × C", "note"], lines))
+        parts.append(markdown.table(["contender", "dtype", "N × C", "note"], lines))
     return "\n".join(parts)
 
 
@@ -183,10 +187,10 @@ def accuracy_table(rows: Sequence[Row]) -> str:
         here = {r["contender"]: r["value"] for r in rows if (r["case"], r["measure"]) == (case, measure)}
         show = percent if measure.endswith("negative") else number
         lines.append([case, measure, *(show(here[name]) if name in here else "-" for name in names)])
-    return markdown(["logits", "error of", *map(heading, names)], lines)
+    return markdown.table(["logits", "error of", *map(heading, names)], lines)
 
 
-def accuracy_for_readme(rows: Sequence[Row]) -> str:
+def accuracy_tables(rows: Sequence[Row]) -> str:
     tiny = float(next(row for row in rows if row["case"] == "small KL")["true_kl"])
     setting = f"{rows[0]['rows']} rows of {rows[0]['classes']} classes; the median small KL is {tiny:.1e}."
     return f"{accuracy_table(rows)}\n{setting} {where(rows)}.\n"
@@ -194,34 +198,31 @@ def accuracy_for_readme(rows: Sequence[Row]) -> str:
 
 # Files.
 
-PARTS = {"loss": loss_for_readme, "accuracy": accuracy_for_readme}
+# By page, what stands between the markers of each name, and the CSV that it is made of.
+PAGES: dict[str, dict[str, tuple[str, Callable[[Sequence[Row]], str]]]] = {
+    "README.md": {"speed": ("loss", speed_table)},
+    "docs/benchmarks.md": {"loss": ("loss", loss_tables), "accuracy": ("accuracy", accuracy_tables)},
+}
 
 
-def replaced(text: str, name: str, content: str) -> str:
-    """The text, with the content between the markers of that name."""
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"the text has no markers {begin} and {end}")
-    return pattern.sub(lambda _: f"{begin}\n\n{content}\n{end}", text)
-
-
-def updated(text: str, results: Path, device: str = "cpu") -> str:
-    """README.md with the tables that the CSVs give."""
-    for name, table in PARTS.items():
-        text = replaced(text, name, table(machine.read(results / f"{name}-{device}.csv")))
+def updated(page: str, text: str, results: Path, device: str = "cpu") -> str:
+    """The page's text, with the tables that the CSVs give."""
+    for name, (csv, table) in PAGES[page].items():
+        text = markdown.replaced(text, name, table(machine.read(results / f"{csv}-{device}.csv")))
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=machine.RESULTS, help="the CSVs' folder (default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=README, help="to rewrite (default: %(default)s)")
+    parser.add_argument("--root", type=Path, default=machine.ROOT, help="the pages' folder (default: %(default)s)")
     args = parser.parse_args(arguments)
     for path in sorted(args.results.glob("loss-*.csv")):
         path.with_suffix(".md").write_text(loss_report(machine.read(path)))
-    args.readme.write_text(updated(args.readme.read_text(), args.results))
-    print(f"rewrote the tables of {args.readme}")
+    for page in PAGES:
+        path = args.root / page
+        path.write_text(updated(page, path.read_text(), args.results))
+        print(f"rewrote the tables of {path}")
 
 
 if __name__ == "__main__":

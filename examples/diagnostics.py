@@ -4,7 +4,7 @@ The checks follow Carlini et al. 2019 (arXiv 1902.06705), Athalye et al. 2018 (a
 AutoAttack. A finding proves nothing, and none proves nothing either.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,28 @@ from torch import Tensor, nn
 
 ZERO_GRADIENTS = 0.01  # share of images
 SQUARE_ALONE = 0.01  # share of images; Square needs no gradients, and is weaker than attacks whose gradients are right
-PGD_GAP = 0.10  # accuracy under PGD-20 less that under AutoAttack
+PGD_GAP = 0.10  # accuracy under PGD-20 less that under AutoAttack, or under its first two attacks
 ONE_CLASS = 0.90  # share of images that are all predicted to be one class
 
+Findings = dict[str, str]  # by the name of a sign: what was seen, in a sentence
 
-@dataclass(frozen=True)
-class Finding:
-    """Something suspicious: its name, a sentence on what was seen, a sentence on what to do."""
+ADVICE = {  # by the name of a sign: a sentence on what to do
+    "random": "Turn the randomness off, or attack its average (expectation over transformations, AutoAttack's rand "
+    "version), since these attacks follow the gradient of one draw.",
+    "probabilities": "Take the softmax off: the attacks apply their own, and gradients through two of them vanish.",
+    "zero-gradients": "Look for rounding, thresholds or saturation in the model: attack through a differentiable "
+    "stand-in for it (BPDA), or divide huge logits by their scale.",
+    "one-class": "Accuracy that no attack lowers is that of a constant here: the training collapsed.",
+    "square-beats-gradients": "The gradients mislead: look for masking, give Square more queries and restarts, and "
+    "try an attack that is made for this model.",
+    "pgd-gap": "PGD overstates the robustness of this model, often a sign of gradient masking: report AutoAttack.",
+    "attack-helps": "The gradients point the wrong way, or labels and preprocessing do not fit the model: check both.",
+    "outside": "They are counted as not broken, which flatters the model: look for NaN gradients.",
+    "not-standard": "Do not put it beside published AutoAttack numbers: the true robustness may be lower.",
+}
 
-    name: str
-    why: str
-    advice: str
 
-
-def inspect_model(model: nn.Module, x: Tensor, y: Tensor) -> list[Finding]:
+def inspect_model(model: nn.Module, x: Tensor, y: Tensor) -> Findings:
     """What one batch tells about the model, in eval mode.
 
     Args:
@@ -59,47 +67,22 @@ def inspect_model(model: nn.Module, x: Tensor, y: Tensor) -> list[Finding]:
         raise ValueError(
             "model must give finite logits, got NaN or infinity: look for the step at which training diverged"
         )
-    findings = []
+    found = {}
     change = (again - logits).abs().max() / logits.abs().max().clamp_min(1e-12)
     if change > 1e-4:
-        findings.append(
-            Finding(
-                "random",
-                f"Two forwards of the same images differ by {change:.1g} of the largest logit.",
-                "Turn the randomness off, or attack its average (expectation over transformations, AutoAttack's rand "
-                "version), since these attacks follow the gradient of one draw.",
-            )
-        )
+        found["random"] = f"Two forwards of the same images differ by {change:.1g} of the largest logit."
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        findings.append(
-            Finding(
-                "probabilities",
-                "The outputs look like probabilities: none is negative, and every row sums to 1.",
-                "Take the softmax off: the attacks apply their own, and gradients through two of them vanish.",
-            )
-        )
-    zero = gradient.flatten(1).abs().amax(1) == 0
-    if zero.float().mean() > ZERO_GRADIENTS:
-        findings.append(
-            Finding(
-                "zero-gradients",
-                f"{_share(zero)} of the images have a cross-entropy gradient of exactly zero.",
-                "Look for rounding, thresholds or saturation in the model: attack through a differentiable stand-in "
-                "for it (BPDA), or divide huge logits by their scale.",
-            )
-        )
-    if _largest_class(logits.argmax(1)) > ONE_CLASS > 2 * _largest_class(y):
-        findings.append(
-            Finding(
-                "one-class",
-                f"{_largest_class(logits.argmax(1)):.0%} of the images are predicted to be of one class.",
-                "Accuracy that no attack lowers is that of a constant here: the training collapsed.",
-            )
-        )
-    return findings
+        found["probabilities"] = "The outputs look like probabilities: none is negative, and every row sums to 1."
+    zero = (gradient.flatten(1) == 0).all(1).float().mean()
+    if zero > ZERO_GRADIENTS:
+        found["zero-gradients"] = f"{zero:.1%} of the images have a cross-entropy gradient of exactly zero."
+    predicted, label = (classes.bincount().max().item() / len(y) for classes in (logits.argmax(1), y))
+    if predicted > ONE_CLASS > 2 * label:
+        found["one-class"] = f"{predicted:.0%} of the images are predicted to be of one class."
+    return found
 
 
-def inspect_results(hits: dict[str, Tensor], outside: dict[str, int]) -> list[Finding]:
+def inspect_results(hits: dict[str, Tensor], outside: dict[str, int]) -> Findings:
     """What the attacks tell together.
 
     Args:
@@ -108,74 +91,32 @@ def inspect_results(hits: dict[str, Tensor], outside: dict[str, int]) -> list[Fi
             attack broke is broken for the later ones.
         outside: by the name of the attack, how many images it moved out of the eps-ball or to NaN.
     """
+    found = {}
     accuracy = {name: hit.double().mean().item() for name, hit in hits.items()}
-    findings = []
-    if "Square" in hits:
-        gain = accuracy["FAB-T"] - accuracy["Square"]
-        if gain > SQUARE_ALONE:
-            findings.append(
-                Finding(
-                    "square-beats-gradients",
-                    f"Square, which sees no gradients, broke {gain:.1%} of the images after all white-box attacks "
-                    "had failed on them.",
-                    "The gradients mislead: look for masking, give Square more queries and restarts, and try an "
-                    "attack that is made for this model.",
-                )
-            )
-    if "Square" in hits and "PGD-20" in hits:
-        gap = accuracy["PGD-20"] - accuracy["Square"]
-        if gap > PGD_GAP:
-            findings.append(
-                Finding(
-                    "pgd-gap",
-                    f"Accuracy under PGD-20 is {100 * gap:.1f} points above that under AutoAttack.",
-                    "PGD overstates the robustness of this model, often a sign of gradient masking: report AutoAttack.",
-                )
-            )
-    healed = [name for name in hits if accuracy[name] > accuracy["clean"]]
-    if healed:
-        findings.append(
-            Finding(
-                "attack-helps",
-                f"Accuracy is higher under attack ({', '.join(healed)}) than on clean images.",
-                "The gradients point the wrong way, or labels and preprocessing do not fit the model: check both.",
-            )
+    if "Square" in hits and (gain := accuracy["FAB-T"] - accuracy["Square"]) > SQUARE_ALONE:
+        found["square-beats-gradients"] = (
+            f"Square, which sees no gradients, broke {gain:.1%} of the images after the white-box attacks had failed."
         )
-    for name, images in outside.items():
-        findings.append(
-            Finding(
-                "outside",
-                f"{name} returned {images} images that are not within eps of the clean ones, or not in [0, 1].",
-                "They are counted as not broken, which flatters the model: look for NaN gradients.",
-            )
-        )
-    return findings
+    strongest = next((name for name in ("Square", "APGD-T", "APGD-CE") if name in hits), "PGD-20")
+    if "PGD-20" in hits and (gap := accuracy["PGD-20"] - accuracy[strongest]) > PGD_GAP:
+        name = "AutoAttack" if strongest == "Square" else "APGD"
+        found["pgd-gap"] = f"Accuracy under PGD-20 is {100 * gap:.1f} points above that under {name}."
+    if healed := [name for name in hits if accuracy[name] > accuracy["clean"]]:
+        found["attack-helps"] = f"Accuracy is higher under attack ({', '.join(healed)}) than on clean images."
+    if outside:
+        counts = ", ".join(f"{name} ({images})" for name, images in outside.items())
+        found["outside"] = f"Attacks returned images that are not within eps of the clean ones and [0, 1]: {counts}."
+    return found
 
 
-def inspect_budget(budget: Budget, classes: int) -> list[Finding]:
+def inspect_budget(budget: Budget, classes: int) -> Findings:
     """Whether AutoAttack is the standard one, which published numbers are from."""
-    wanted = asdict(Budget(targets=min(Budget.targets, classes - 1)))
+    standard, spent = asdict(Budget(targets=min(Budget.targets, classes - 1))), asdict(budget)
     less = [
-        f"{spent} {name.replace('_', ' ')} instead of {wanted[name]}"
-        for name, spent in asdict(budget).items()
-        if spent < wanted[name]
+        f"{spent[name]} {name.replace('_', ' ')} instead of {wanted}"
+        for name, wanted in standard.items()
+        if spent[name] < wanted
     ]
     if classes < 4:
         less.append("no APGD-T, whose loss needs 4 classes")
-    if not less:
-        return []
-    return [
-        Finding(
-            "not-standard",
-            f"This is less than the standard AutoAttack: {', '.join(less)}.",
-            "Do not put it beside published AutoAttack numbers: the true robustness may be lower.",
-        )
-    ]
-
-
-def _largest_class(classes: Tensor) -> float:
-    return classes.bincount().max().item() / len(classes)
-
-
-def _share(which: Tensor) -> str:
-    return f"{which.float().mean():.1%}"
+    return {"not-standard": f"This is less than the standard AutoAttack: {', '.join(less)}."} if less else {}

@@ -7,35 +7,84 @@
 Report the last line of the table, AutoAttack. PGD-20 flatters losses of the distillation kind.
 """
 
-import argparse
 import importlib
 import json
 import math
 import platform
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import checkpoint
-import models
 import torch
-from attacks import Attack, Budget, Norm, autoattack, cw_attack, pgd_attack
+import tyro
+from attacks import Attack, Budget, autoattack, cw_attack, pgd_attack
 from data import DATASETS, Data, MissingData, Sample, load, loader
-from diagnostics import Finding, inspect_budget, inspect_model, inspect_results
-from options import Group, Names, Number, UserError, device_name, fraction, manual
-from pgd import EPS
+from diagnostics import ADVICE, Findings, inspect_budget, inspect_model, inspect_results
+from models import from_checkpoint
+from pgd import EPS, Norm, check_length, fraction
+from runtime import UserError, default, device_of, number, replacing
+from runtime import load as load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-STANDARD = ("clean", "pgd20", "pgd100", "cw", "autoattack")
-ATTACKS = (*STANDARD, "apgd")  # the last: AutoAttack's first two alone, at a tenth of the price
+import cktat_loss
+
+STANDARD = "clean,pgd20,pgd100,cw,autoattack"
+ATTACKS = (*STANDARD.split(","), "apgd")  # the last: AutoAttack's first two alone, at a tenth of the price
 CW_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to attack, with what, and where the report goes."""
+
+    model: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+    """a .pt file of a run, or module:function"""
+    dataset: Annotated[Literal[DATASETS] | None, default("the one that the checkpoint names")] = None
+    """whose test images to attack"""
+    data: Path = Path("data")
+    """folder of the data set's files"""
+    download: bool = False
+    """fetch what is missing into --data"""
+    samples: Annotated[int | None, number(int, 1, 10**9), default("all")] = None
+    """how many of the images, drawn by --seed"""
+    attacks: Annotated[str, arg(metavar="NAME,NAME,...")] = STANDARD
+    """clean is always there; apgd is AutoAttack without FAB-T and Square"""
+    norm: Norm = "linf"
+    """what eps bounds: the change of each pixel, or its Euclidean length"""
+    eps: Annotated[float | None, number(fraction, 0, 255, above=True), default("8/255; with l2 128/255")] = None
+    """largest change, where 1 is black to white"""
+    apgd_steps: Annotated[int, number(int, 1, 10**6)] = 100
+    """steps of APGD-CE, and of APGD-T for each target"""
+    apgd_targets: Annotated[int, number(int, 1, 10**6)] = 9
+    """wrong classes that APGD-T and FAB-T aim at"""
+    fab_steps: Annotated[int, number(int, 1, 10**6)] = 100
+    """steps of FAB-T for each target"""
+    square_queries: Annotated[int, number(int, 1, 10**9)] = 5000
+    """queries of Square"""
+    no_ema: bool = False
+    """evaluate the last weights, also where the checkpoint has averaged ones"""
+    batch: Annotated[int, number(int, 1, 10**6)] = 250
+    """images at once"""
+    device: str = "auto"
+    """auto (an accelerator if there is one), cpu, cuda, mps, ..."""
+    threads: Annotated[int | None, number(int, 1, 1024), default("torch's own")] = None
+    """CPU threads"""
+    workers: Annotated[int, number(int, 0, 1024)] = 0
+    """processes that load images; 0: none but this"""
+    seed: Annotated[int, number(int, 0, 2**32 - 1)] = 0
+    """draws the images and the attacks' starts"""
+    out: Annotated[Path | None, default("the checkpoint's, or out")] = None
+    """folder for the report, .json and .md"""
 
 
 @dataclass(frozen=True)
@@ -50,41 +99,29 @@ class Row:
     budget: dict[str, int | float]
 
 
+@dataclass
 class Evaluation:
-    """A model, images, and the eps-ball around each of them.
+    """A model, images, and the eps-ball around each of them. `run` fills `rows`, `hits` and `outside`."""
 
-    Args:
-        model: images in [0, 1] to logits (N, C); put into eval mode, and its parameters frozen.
-        dataset: of (image, class).
-        norm, eps: of the ball, in pixel values where 1 is black to white.
-        batch: images at once.
-        seed: every attack starts from it, so that none depends on which others are run.
-        device: to run on; the model is moved there.
-        workers: processes that load images.
-    """
+    model: nn.Module  # images in [0, 1] to logits (N, C); moved to the device, put into eval mode and frozen
+    dataset: Dataset[Sample]
+    _: KW_ONLY
+    norm: Norm = "linf"
+    eps: float = 8 / 255  # in pixel values where 1 is black to white
+    batch: int = 250  # images at once
+    seed: int = 0  # every attack starts from it, so that none depends on which others are run
+    device: torch.device | str = "cpu"
+    workers: int = 0  # processes that load images
+    rows: list[Row] = field(default_factory=list, init=False)  # the table
+    hits: dict[str, Tensor] = field(default_factory=dict, init=False)  # by attack: which images (N,) are still right
+    outside: dict[str, int] = field(default_factory=dict, init=False)  # images moved out of the ball: not broken
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dataset: Dataset[Sample],
-        *,
-        norm: Norm = "linf",
-        eps: float = 8 / 255,
-        batch: int = 250,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        workers: int = 0,
-    ) -> None:
+    def __post_init__(self) -> None:
         # Frozen, since FAB goes backward into parameters too.
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.dataset, self.norm, self.eps, self.batch = dataset, norm, eps, batch
-        self.seed, self.device, self.workers = seed, device, workers
-        self.rows: list[Row] = []
-        self.hits: dict[str, Tensor] = {}  # (images,) bool, on the CPU: still right after the attack of that name
-        self.outside: dict[str, int] = {}  # images that an attack moved out of the ball; they do not count as broken
+        self.model = self.model.to(self.device).eval().requires_grad_(False)
 
-    def run(self, attacks: Sequence[str] = STANDARD, budget: Budget | None = None) -> list[Finding]:
-        """Fill `rows` and `hits`, "clean" always first; return what is suspicious about them.
+    def run(self, attacks: Sequence[str] = ATTACKS[:-1], budget: Budget | None = None) -> Findings:
+        """Attack, "clean" always first; return what is suspicious, by name, and what to do about it.
 
         Args:
             attacks: of ATTACKS.
@@ -94,13 +131,13 @@ class Evaluation:
             ValueError: images outside [0, 1], or logits that are NaN or have no gradient.
         """
         budget = budget or Budget()
-        x, y = (part.to(self.device) for part in next(iter(self._batches(torch.arange(len(self.dataset))))))
+        everything = torch.ones(len(self.dataset), dtype=torch.bool)
+        x, y = next(iter(self._batches(everything)))
         findings = inspect_model(self.model, x, y)
         with torch.no_grad():
             classes = self.model(x[:1]).shape[1]
 
-        everything = torch.ones(len(self.dataset), dtype=torch.bool)
-        self._attack(Attack("clean", {}, lambda x, y: x), everything)
+        right = self._attack(Attack("clean", {}, lambda x, y: x), everything)
         ball = {"norm": self.norm, "eps": self.eps}
         if "pgd20" in attacks:
             self._attack(pgd_attack(self.model, steps=20, **ball), everything)
@@ -109,59 +146,61 @@ class Evaluation:
         if "cw" in attacks:
             self._attack(cw_attack(self.model, steps=CW_STEPS, **ball), everything)
         if "autoattack" in attacks or "apgd" in attacks:
-            right, before = self.hits["clean"], len(self.rows)
-            own = autoattack(self.model, **ball, classes=classes, budget=budget, seed=self.seed)
-            for attack in own if "autoattack" in attacks else own[:-2]:  # without FAB-T and Square
+            before, attacked = len(self.rows), int(right.sum())
+            four = autoattack(self.model, **ball, classes=classes, budget=budget, seed=self.seed)
+            for attack in four if "autoattack" in attacks else four[:-2]:  # without FAB-T and Square
                 right = self._attack(attack, right)
         if "autoattack" in attacks:
-            seconds = sum(row.seconds for row in self.rows[before:])
-            self._add(Attack("AutoAttack", {}, lambda x, y: x), right, int(self.hits["clean"].sum()), seconds)
-            findings += inspect_budget(budget, classes)
-        return findings + inspect_results(self.hits, self.outside)
+            self._add("AutoAttack", right, attacked, sum(row.seconds for row in self.rows[before:]), {})
+            findings |= inspect_budget(budget, classes)
+        findings |= inspect_results(self.hits, self.outside)
+        return {name: f"{seen} {ADVICE[name]}" for name, seen in findings.items()}
 
     def _attack(self, attack: Attack, which: Tensor) -> Tensor:
         """Attack the images (N,) bool that are named, and return those of them that are still right."""
         torch.manual_seed(self.seed)
-        started, right, outside = time.perf_counter(), [], 0
-        indices = which.nonzero().squeeze(1)
-        with tqdm(total=len(indices), desc=attack.name, unit="image") as bar, torch.no_grad():
-            for x, y in self._batches(indices):
-                x, y = x.to(self.device), y.to(self.device)
+        started, parts, outside = time.perf_counter(), [torch.tensor([], dtype=torch.bool)], 0
+        with (
+            tqdm(total=int(which.sum()), desc=attack.name, unit="image", leave=False, disable=None) as bar,
+            torch.no_grad(),
+        ):
+            for x, y in self._batches(which):
                 x_adv = attack.perturb(x, y)
                 inside = self._inside(x_adv, x)
                 outside += int((~inside).sum())
-                right.append(((self.model(x_adv).argmax(1) == y) | ~inside).cpu())
+                parts.append(((self.model(x_adv).argmax(1) == y) | ~inside).cpu())
                 bar.update(len(x))
-                bar.set_postfix_str(f"{torch.cat(right).float().mean():.1%} right")
-        still_right = torch.zeros_like(which)
-        still_right[indices] = torch.cat(right) if right else torch.tensor([], dtype=torch.bool)
+                bar.set_postfix_str(f"{torch.cat(parts).float().mean():.1%} right")
+        right = which.clone()
+        right[which] = torch.cat(parts)
         if outside:
             self.outside[attack.name] = outside
-        self._add(attack, still_right, len(indices), time.perf_counter() - started)
-        return still_right
+        self._add(attack.name, right, int(which.sum()), time.perf_counter() - started, attack.budget)
+        return right
 
-    def _add(self, attack: Attack, right: Tensor, attacked: int, seconds: float) -> None:
-        self.hits[attack.name] = right
+    def _add(self, name: str, right: Tensor, attacked: int, seconds: float, budget: dict[str, int | float]) -> None:
         share = right.double().mean().item()
         error = math.sqrt(share * (1 - share) / len(right))
-        self.rows.append(Row(attack.name, 100 * share, 100 * error, attacked, seconds, attack.budget))
+        self.hits[name] = right
+        self.rows.append(Row(name, 100 * share, 100 * error, attacked, seconds, budget))
+        print(f"{name}: {100 * share:.1f} ± {100 * error:.1f} % right, {seconds:.0f} s", file=sys.stderr)
 
-    def _batches(self, indices: Tensor) -> Any:
-        if not len(indices):
-            return ()
-        chosen = Subset(self.dataset, indices.tolist())
-        return loader(chosen, batch=self.batch, seed=0, epoch=0, workers=self.workers, train=False)
+    def _batches(self, which: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """The images (N,) bool that are named, and their classes, on the device."""
+        if which.any():
+            chosen = Subset(self.dataset, which.nonzero().squeeze(1).tolist())
+            for x, y in loader(chosen, batch=self.batch, seed=0, epoch=0, workers=self.workers, train=False):
+                yield x.to(self.device), y.to(self.device)
 
     def _inside(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Which images (N, ...) lie in the ball and in [0, 1], but for rounding; those with NaN do not."""
         order = math.inf if self.norm == "linf" else 2
         length = torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
-        return (
-            (length <= self.eps * (1 + 1e-5) + 1e-6) & (x_adv >= 0).flatten(1).all(1) & (x_adv <= 1).flatten(1).all(1)
-        )
+        in_range = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+        return (length <= self.eps * (1 + 1e-5) + 1e-6) & in_range
 
 
-def markdown(rows: Sequence[Row], findings: Sequence[Finding], facts: dict[str, Any]) -> str:
+def markdown(rows: Sequence[Row], findings: Findings, facts: dict[str, Any]) -> str:
     """The report for reading."""
     lines = ["# Robustness of " + facts["model"], ""]
     lines += [", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("model", "versions")), ""]
@@ -177,140 +216,72 @@ def markdown(rows: Sequence[Row], findings: Sequence[Finding], facts: dict[str, 
         "label's, by PGD. AutoAttack is what is right after APGD-CE, APGD-T, FAB-T and Square, each on the images that "
         "the ones before it left right.",
         "",
+        *(f"- **warning: {name}.** {text}" for name, text in findings.items()),
+        *([""] if findings else []),
+        ", ".join(f"{name} {value}" for name, value in facts["versions"].items()),
     ]
-    for finding in findings:
-        lines.append(f"- **warning: {finding.name}.** {finding.why} {finding.advice}")
-    lines += [*([""] if findings else []), ", ".join(f"{name} {value}" for name, value in facts["versions"].items())]
     return "\n".join(lines) + "\n"
 
 
-def save(folder: Path, rows: Sequence[Row], findings: Sequence[Finding], facts: dict[str, Any]) -> list[Path]:
+def save(folder: Path, rows: Sequence[Row], findings: Findings, facts: dict[str, Any]) -> list[Path]:
     """Write evaluation-NORM-EPS.json and .md, each in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {**facts, "rows": [asdict(row) for row in rows], "findings": [asdict(finding) for finding in findings]}
+    report = {**facts, "rows": [asdict(row) for row in rows], "findings": findings}
     texts = {"json": json.dumps(report, indent=2) + "\n", "md": markdown(rows, findings, facts)}
     paths = []
     for suffix, text in texts.items():
         paths.append(folder / f"evaluation-{facts['norm']}-{facts['eps']:.4g}.{suffix}")
-        with checkpoint.replacing(paths[-1]) as file:
+        with replacing(paths[-1]) as file:
             file.write(text.encode())
     return paths
 
 
+def writable(folder: Path) -> Path:
+    """The folder, made if it is missing; a bad one is refused before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out: the folder {folder} cannot be written to: {error.strerror}") from None
+    return folder
+
+
 def load_model(name: str, *, ema: bool) -> tuple[nn.Module, str | None, int]:
     """A checkpoint's model, its data set and the seed of that one's split; or what `module:function` returns."""
+    if Path(name).is_file():
+        saved = load_checkpoint(Path(name))
+        return from_checkpoint(name, ema=ema), saved.get("dataset"), saved.get("split_seed", 0)
     if not re.fullmatch(r"[\w.]+:\w+", name):
-        if not Path(name).is_file():
-            raise UserError(f"CHECKPOINT must be a file, or module:function, got {name!r}, which is neither")
-        saved = checkpoint.load(Path(name))
-        return models.from_checkpoint(name, ema=ema), saved["dataset"], saved.get("split_seed", 0)
-    module, function = name.split(":")
-    sys.path.insert(0, "")  # the folder where the command was given, as for `python -m`
+        raise UserError(f"CHECKPOINT must be a file, or module:function, got {name!r}, which is neither")
+    return call(*name.split(":")), None, 0
+
+
+def call(module: str, function: str) -> nn.Module:
+    """The model that somebody's function returns.
+
+    Their modules may have the names of ours, as models, data and attacks have in many repositories: ours are out of the
+    way meanwhile, and afterwards theirs keep the names that both use.
+    """
+    here = Path(__file__).parent
+    ours = {name: sys.modules[name] for path in here.glob("*.py") if (name := path.stem) in sys.modules}
+    for name in ours:
+        del sys.modules[name]
+    # Their code is found from where the command was given, as for `python -m`.
+    sys.path[:] = ["", *(path for path in sys.path if Path(path).resolve() != here.resolve())]
     try:
         model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"model {name!r} must be a checkpoint's path or module:function ({error})") from None
+    except (Exception, SystemExit) as error:
+        place, text = traceback.extract_tb(error.__traceback__)[-1], str(error).partition("\n")[0]
+        reason = f"{type(error).__name__} in {place.filename}, line {place.lineno}: {text}"
+        raise UserError(f"CHECKPOINT: {function}() of {module} does not return a model ({reason})") from error
+    finally:
+        for name, its_module in ours.items():
+            sys.modules.setdefault(name, its_module)
+        sys.path.append(str(here))
     if not isinstance(model, nn.Module):
-        raise UserError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
-    return model, None, 0
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """All options, checked."""
-    parser = manual(__doc__, operands="CHECKPOINT")
-    parser.add_argument("model", metavar="CHECKPOINT", help="a .pt file of a run, or module:function")
-    group = Group(parser, "data")
-    own = "the one that the checkpoint names"
-    group.choice("--dataset", DATASETS, None, "whose test images to attack", shown=own)
-    group.option("--data", Path, Path("data"), "folder of the data set's files", metavar="FOLDER")
-    group.switch("--download", "fetch what is missing into --data")
-    group.option(
-        "--samples", Number(int, 1, 10**9), None, "how many of them, drawn by --seed", shown="all", metavar="N"
-    )
-    group = Group(parser, "attacks")
-    group.option(
-        "--attacks",
-        Names(ATTACKS),
-        STANDARD,
-        "separated by commas; clean is always there; apgd is AutoAttack without FAB-T and Square",
-        shown=",".join(STANDARD),
-        metavar="NAMES",
-    )
-    group.choice("--norm", tuple(EPS), "linf", "of a change: of its largest pixel, or its Euclidean length")
-    group.option(
-        "--eps",
-        Number(fraction, 0, 1000, above=True),
-        None,
-        "largest change, where 1 is black to white",
-        shown="8/255 for linf, 128/255 for l2",
-        metavar="EPS",
-    )
-    group.option(
-        "--apgd-steps", Number(int, 1, 10**6), 100, "steps of APGD-CE, and of APGD-T for each target", metavar="N"
-    )
-    group.option("--apgd-targets", Number(int, 1, 10**6), 9, "wrong classes that APGD-T and FAB-T aim at", metavar="N")
-    group.option("--fab-steps", Number(int, 1, 10**6), 100, "steps of FAB-T for each target", metavar="N")
-    group.option("--square-queries", Number(int, 1, 10**9), 5000, "queries of Square", metavar="N")
-    group = Group(parser, "run")
-    group.switch("--no-ema", "evaluate the last weights, also where the checkpoint has averaged ones")
-    group.option("--batch", Number(int, 1, 10**6), 250, "images at once", metavar="N")
-    group.option(
-        "--device", device_name, "auto", "auto (an accelerator if there is one), cpu, cuda, mps, ...", metavar="NAME"
-    )
-    group.option("--threads", Number(int, 1, 1024), None, "CPU threads", shown="torch's own", metavar="N")
-    group.option("--workers", Number(int, 0, 1024), 0, "processes that load images; 0: none but this", metavar="N")
-    group.option("--seed", Number(int, 0, 2**32 - 1), 0, "draws the images and the attacks' starts", metavar="N")
-    group.option(
-        "--out", Path, None, "folder for the report, .json and .md", shown="the checkpoint's, or out", metavar="FOLDER"
-    )
-    args = parser.parse_args(argv)
-    args.eps = EPS[args.norm] if args.eps is None else args.eps
-    if args.norm == "linf" and args.eps > 1:
-        parser.error(f"argument --eps: got {args.eps:g}, wanted at most 1 for linf (pixels are in [0, 1])")
-    return args
-
-
-def run(args: argparse.Namespace) -> None:
-    """Load, attack, print, write."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    model, own, split_seed = load_model(args.model, ema=not args.no_ema)
-    if (name := args.dataset or own) is None:
-        raise UserError(f"--dataset must be given for a model of yours, one of {', '.join(DATASETS)}")
-    data = load(name, args.data, download=args.download, seed=split_seed, validation=0)
-    check_fit(model, data, name)
-    # Drawn, not the first ones: imagefolder is sorted by class.
-    drawn = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(args.seed))[: args.samples]
-    images = Subset(data.test, drawn.sort().values.tolist())
-    evaluation = Evaluation(
-        model,
-        images,
-        norm=args.norm,
-        eps=args.eps,
-        batch=args.batch,
-        seed=args.seed,
-        device=args.device,
-        workers=args.workers,
-    )
-    budget = Budget(args.apgd_steps, args.apgd_targets, args.fab_steps, args.square_queries)
-    findings = evaluation.run(args.attacks, budget)
-    facts = {
-        "model": args.model,
-        "dataset": name,
-        "images": len(images),
-        "norm": args.norm,
-        "eps": args.eps,
-        "seed": args.seed,
-        "batch": args.batch,
-        "device": str(args.device),
-        "versions": {
-            "Python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "pyautoattack", "cktat-loss")},
-        },
-    }
-    print(markdown(evaluation.rows, findings, facts))
-    folder = args.out or (Path("out") if own is None else Path(args.model).parent)
-    print("saved", *save(folder, evaluation.rows, findings, facts))
+        raise UserError(
+            f"CHECKPOINT: {function}() of {module} must return a torch.nn.Module, got {type(model).__name__}"
+        )
+    return model
 
 
 def check_fit(model: nn.Module, data: Data, name: str) -> None:
@@ -318,18 +289,55 @@ def check_fit(model: nn.Module, data: Data, name: str) -> None:
     shape = data.channels, data.size, data.size
     try:
         with torch.no_grad():
-            classes = model.eval()(torch.zeros(1, *shape)).shape[1]
-    except RuntimeError as error:
-        size, reason = " x ".join(map(str, shape)), str(error).splitlines()[0]
-        raise UserError(f"--dataset {name} has images of {size}, which the model does not take ({reason})") from None
-    if classes < data.classes:
-        raise UserError(f"--dataset {name} has {data.classes} classes, but the model's logits only {classes}")
+            logits = model.eval()(torch.zeros(1, *shape))
+    except Exception as error:  # of somebody else's model
+        size, reason = " x ".join(map(str, shape)), str(error).partition("\n")[0]
+        raise UserError(f"--dataset {name} has images of {size}, which the model does not take ({reason})") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"CHECKPOINT: the model must return logits (N, classes), got {got}")
+    if logits.shape[1] < data.classes:
+        raise UserError(f"--dataset {name} has {data.classes} classes, but the model's logits only {logits.shape[1]}")
+
+
+def run(options: Options) -> None:
+    """Load, attack, print, write."""
+    eps = EPS[options.norm] if options.eps is None else options.eps
+    check_length("--eps", eps, options.norm)
+    attacks = options.attacks.split(",")
+    if unknown := [name for name in attacks if name not in ATTACKS]:
+        raise UserError(f"--attacks must be some of {','.join(ATTACKS)}, got {unknown[0]!r}")
+    device = device_of(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model, own, split_seed = load_model(options.model, ema=not options.no_ema)
+    if (name := options.dataset or own) is None:
+        raise UserError(f"--dataset must be given for a model of yours, one of {', '.join(DATASETS)}")
+    folder = writable(options.out or (Path("out") if own is None else Path(options.model).parent))
+    data = load(name, options.data, download=options.download, seed=split_seed, validation=0)
+    check_fit(model, data, name)
+    # Drawn, not the first ones: imagefolder is sorted by class.
+    drawn = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(options.seed))[: options.samples]
+    images = Subset(data.test, drawn.sort().values.tolist())
+    settings = {"norm": options.norm, "eps": eps, "batch": options.batch, "seed": options.seed, "device": device}
+    evaluation = Evaluation(model, images, **settings, workers=options.workers)
+    budget = Budget(options.apgd_steps, options.apgd_targets, options.fab_steps, options.square_queries)
+    facts = {"model": options.model, "dataset": name, "images": len(images), **settings, "device": str(device)}
+    facts["versions"] = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyautoattack": version("pyautoattack"),
+        "cktat-loss": cktat_loss.__version__,
+    }
+    findings = evaluation.run(attacks, budget)
+    print(markdown(evaluation.rows, findings, facts))
+    print("saved", *save(folder, evaluation.rows, findings, facts))
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    options = tyro.cli(Options, description=__doc__, args=argv, config=(FlagCreatePairsOff,))
     try:
-        run(args)
+        run(options)
     except (UserError, MissingData, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,19 +1,18 @@
-"""CKTAT, TRADES and PGD adversarial training, each as what it attacks with and the loss of a batch.
+"""Training methods, each as what it attacks with and the loss of a batch.
 
 Logits are (N, C), of the student on clean images x (`clean_logits`), on adversarial images x' (`adv_logits`) and of
 the frozen teacher on clean images (`teacher_logits`). Losses are float32 under autocast too.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from pgd import Objective
 from torch import Tensor
 
 from cktat_loss import CKTATLoss, adaptive_beta
-
-Objective = Literal["ce", "kl"]  # of the training attack
 
 
 class Terms(NamedTuple):
@@ -24,6 +23,27 @@ class Terms(NamedTuple):
     consistency: Tensor | None = None
 
 
+class Method(Protocol):
+    """What train.py trains with. A method of your own needs these four, and CKTAT or TRADES to inherit from."""
+
+    objective: ClassVar[Objective | None]  # what the training attack maximises; None: there is no attack
+    clean_forward: ClassVar[bool]  # whether the loss needs S(x)
+
+    def attack_start(self, x: Tensor) -> Tensor | None:
+        """Images to begin the attack at; None: anywhere in the eps-ball."""
+
+    def __call__(
+        self,
+        *,
+        clean_logits: Tensor | None,
+        adv_logits: Tensor | None,
+        teacher_logits: Tensor | None,
+        y: Tensor,
+        beta: float,
+    ) -> Terms:
+        """The loss of a batch, from the logits that the method asks for; the others are None."""
+
+
 @dataclass(frozen=True)
 class CKTAT:
     """mean_i [ KL(softmax(T(x)/tau) || softmax S(x')) + beta_i * KL(softmax S(x) || softmax S(x')) ].
@@ -31,13 +51,12 @@ class CKTAT:
     Eq. 17 of arXiv 2504.00038, with beta_i in the place of beta.
 
     Args:
-        criterion: holds the frozen teacher, tau, and whether S(x) is detached in the second term.
-        adaptive: beta_i = beta * softmax(S(x'))[y], our recipe; else beta for every sample, the paper's.
+        criterion: holds the frozen teacher, tau, whether S(x) is detached in the second term, and whether beta_i is
+            beta * softmax(S(x'))[y], our recipe, or beta for every sample, the paper's.
         guidance: False leaves the first term out of the loss, an ablation; it is reported all the same.
     """
 
     criterion: CKTATLoss
-    adaptive: bool
     guidance: bool = True
 
     objective: ClassVar[Objective] = "ce"
@@ -49,16 +68,18 @@ class CKTAT:
     def __call__(
         self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: Tensor, y: Tensor, beta: float
     ) -> Terms:
-        # `criterion(...)` gives the loss at once; from its terms, each can be logged and left out.
-        guidance, consistency = self.criterion.terms(
-            clean_logits=clean_logits, adv_logits=adv_logits, teacher_logits=teacher_logits
-        )
-        per_sample = self.weights(adv_logits, y, beta) * consistency + (guidance if self.guidance else 0)
-        return Terms(per_sample.mean(), guidance.detach().mean(), consistency.detach().mean())
+        logits = {"clean_logits": clean_logits, "adv_logits": adv_logits, "teacher_logits": teacher_logits}
+        if self.guidance:
+            labels = y if self.criterion.adaptive else None
+            loss, terms = self.criterion(**logits, y=labels, beta=beta, return_terms=True)
+        else:
+            terms = self.criterion.terms(**logits)
+            loss = (self.weights(adv_logits, y, beta) * terms.consistency).mean()
+        return Terms(loss, terms.guidance.detach().mean(), terms.consistency.detach().mean())
 
     def weights(self, adv_logits: Tensor, y: Tensor, beta: float) -> Tensor | float:
         """Of the consistency term: (N,), or one for all."""
-        return adaptive_beta(adv_logits, y, beta=beta) if self.adaptive else beta
+        return adaptive_beta(adv_logits, y, beta=beta) if self.criterion.adaptive else beta
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,17 @@ class PGDAT:
         return Terms(F.cross_entropy(adv_logits.float(), y))
 
 
-METHODS = {"cktat": CKTAT, "trades": TRADES, "pgd-at": PGDAT}
+@dataclass(frozen=True)
+class Clean:
+    """CE(S(x), y), mean over the batch: no attack. It trains the teacher."""
 
-Method = CKTAT | TRADES | PGDAT
+    objective: ClassVar[None] = None
+    clean_forward: ClassVar[bool] = True
+
+    def attack_start(self, x: Tensor) -> None:
+        """There is no attack."""
+
+    def __call__(
+        self, *, clean_logits: Tensor, adv_logits: None, teacher_logits: None, y: Tensor, beta: float
+    ) -> Terms:
+        return Terms(F.cross_entropy(clean_logits.float(), y))

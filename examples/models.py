@@ -1,7 +1,7 @@
 """Classifiers by name. All take images in [0, 1] and normalise them inside, so that an attack's eps is in pixels.
 
 ResNet-18 with the CIFAR stem, PreAct ResNet-18 and WideResNets are those of the adversarial training literature;
-`torchvision:NAME` is any classifier of torchvision.
+`torchvision:NAME` is any classifier of torchvision, `timm:NAME` any of timm, where it is installed.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-import checkpoint
 import torch
 import torch.nn.functional as F
+from runtime import load
 from torch import Tensor, nn
 
 ARCHITECTURES = (
@@ -22,6 +22,7 @@ ARCHITECTURES = (
     "digits",
     "digits-WIDTH",
     "torchvision:NAME",
+    "timm:NAME",
 )
 
 
@@ -37,14 +38,14 @@ def build(
     """A fresh classifier, in train mode: images (N, channels, size, size) in [0, 1] to logits (N, classes).
 
     Args:
-        arch: one of ARCHITECTURES. DEPTH is 6n + 4. "digits", the quickstart's net, of width 16
-            unless given, takes images of 1 x 8 x 8 and 1 x 28 x 28 only.
+        arch: one of ARCHITECTURES. DEPTH is 6n + 4. "digits", of width 16 unless given, takes images of 1 x 8 x 8 and
+            1 x 28 x 28 only.
         classes: number of logits.
         size: height and width of the images.
-        channels: of the images. torchvision's models need 1 or 3; one channel is repeated to three.
+        channels: of the images. torchvision's and timm's models need 1 or 3; one is repeated to three.
         mean, std: of the pixels, a value a channel or one for all; the default normalises nothing, as TRADES.
 
-    A torchvision ViT is made for `size` if its patches tile that; images that are too small for an architecture (or
+    A ViT is made for `size` if its patches tile that; images that are too small for an architecture (or
     not of its one size) are resized inside the model to 224 x 224, its `resize` module.
 
     Raises:
@@ -60,10 +61,19 @@ def build(
     elif wrn := re.fullmatch(r"wrn-(\d+)-(\d+)", arch):
         net = wide_resnet(int(wrn[1]), int(wrn[2]), channels, classes)
     elif digits := re.fullmatch(r"digits(?:-(\d+))?", arch):
-        net = _digit_net(int(digits[1] or 16), classes, size, channels)
-    elif arch.startswith("torchvision:"):
-        net, adapters = _from_torchvision(arch.removeprefix("torchvision:"), classes, size, channels)
-        before += adapters
+        if size not in (8, 28) or channels != 1:
+            raise ValueError(
+                f"arch 'digits' takes images of 1 x 8 x 8 or 1 x 28 x 28, got {channels} x {size} x {size}"
+            )
+        if digits[1] and not int(digits[1]):
+            raise ValueError("arch 'digits-WIDTH' must have a width from 1, got 0")
+        net = DigitNet(int(digits[1] or 16), classes, size)
+    elif arch.startswith(("torchvision:", "timm:")):
+        net = _from_library(*arch.split(":", 1), classes, size)
+        if channels not in (1, 3):
+            raise ValueError(f"arch {arch!r} takes images of 1 or 3 channels, got {channels}")
+        before += [("rgb", RGB())] if channels == 1 else []
+        before += [] if _takes(net, size) else [("resize", Resize(224))]
     else:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     return nn.Sequential(OrderedDict([*before, ("net", net)]))
@@ -73,17 +83,17 @@ def from_checkpoint(path: str | Path, *, ema: bool = True) -> nn.Module:
     """The trained classifier of a run's checkpoint, on the CPU and in eval mode.
 
     Args:
-        path: a .pt file that train_clean.py or train_cktat.py wrote.
+        path: a .pt file that train.py wrote, or version 0.1's train_clean.py or train_cktat.py.
         ema: take the averaged weights, where the run kept any, rather than the last step's.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is something else than such a checkpoint.
     """
-    state = checkpoint.load(Path(path))
+    state = load(Path(path))
     needed = ("model", "arch", "classes", "size", "channels", "mean", "std")
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"{path} is not a checkpoint of train_clean.py or train_cktat.py: it has no {missing[0]!r}")
+        raise ValueError(f"{path} is not a checkpoint of train.py: it has no {missing[0]!r}")
     shape = {key: state[key] for key in ("size", "channels", "mean", "std")}
     model = build(state["arch"], state["classes"], **shape)
     model.load_state_dict(state["ema"] if ema and state.get("ema") is not None else state["model"])
@@ -201,14 +211,34 @@ def wide_resnet(depth: int, width: int, channels: int, classes: int) -> PreActRe
     return net
 
 
-def _digit_net(width: int, classes: int, size: int, channels: int) -> nn.Module:
-    if size not in (8, 28) or channels != 1:
-        raise ValueError(f"arch 'digits' takes images of 1 x 8 x 8 or 1 x 28 x 28, got {channels} x {size} x {size}")
-    if width < 1:
-        raise ValueError("arch 'digits-WIDTH' must have a width from 1, got 0")
-    from quickstart_extras import DigitNet  # its other half needs matplotlib, which the other models do not
+class DigitBlock(nn.Module):
+    """Two 3x3 convolutions around a residual connection."""
 
-    return DigitNet(width, classes, size)
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(h + self.skip(x))
+
+
+class DigitNet(nn.Sequential):
+    """A ResNet with two blocks for digits of 8x8 pixels, or of MNIST's 28x28, which its stem halves first.
+
+    Takes pixels in [0, 1]: its BatchNorms do the normalising.
+    """
+
+    def __init__(self, width: int = 16, classes: int = 10, size: int = 8) -> None:
+        stride = 1 if size == 8 else 2
+        side = size // (2 * stride)
+        stem = nn.Sequential(nn.Conv2d(1, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        blocks = DigitBlock(width, width, stride=1), DigitBlock(width, 2 * width, stride=2)
+        super().__init__(stem, *blocks, nn.Flatten(), nn.Linear(2 * width * side * side, classes))
 
 
 class RGB(nn.Module):
@@ -232,26 +262,29 @@ class Resize(nn.Module):
         return f"size={self.size}"
 
 
-def _from_torchvision(
-    name: str, classes: int, size: int, channels: int
-) -> tuple[nn.Module, list[tuple[str, nn.Module]]]:
-    """The bare model, and what its images have to go through first."""
-    from torchvision import models  # only these architectures need it
+def _from_library(library: str, name: str, classes: int, size: int) -> nn.Module:
+    """The bare model of three channels. Transformers of fixed size are made for the images, where those fit."""
+    if library == "timm":
+        try:
+            import timm  # only these architectures need it
+        except ImportError:
+            raise ValueError(f"arch 'timm:{name}' comes with the package timm: pip install timm") from None
+        if not timm.is_model(name):
+            raise ValueError(f"arch 'timm:NAME' must name one of timm.list_models(), got {name!r}")
+        try:
+            return timm.create_model(name, num_classes=classes, img_size=size)
+        except (TypeError, AssertionError, ValueError):  # it has no such option, or none of such a size
+            return timm.create_model(name, num_classes=classes)
+    from torchvision import models
 
     if name not in (known := models.list_models(module=models)):
         raise ValueError(f"arch 'torchvision:NAME' must name one of {', '.join(known)}; got {name!r}")
-    if channels not in (1, 3):
-        raise ValueError(f"arch 'torchvision:{name}' takes images of 1 or 3 channels, got {channels}")
     options: dict[str, object] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # else a tuple comes out in train mode
     if name.startswith("vit_") and size % int(name.rpartition("_")[2]) == 0:
         options["image_size"] = size
-    net = models.get_model(name, weights=None, num_classes=classes, **options)
-    adapters: list[tuple[str, nn.Module]] = [("rgb", RGB())] if channels == 1 else []
-    if not _takes(net, size):
-        adapters.append(("resize", Resize(224)))
-    return net, adapters
+    return models.get_model(name, weights=None, num_classes=classes, **options)
 
 
 def _takes(net: nn.Module, size: int) -> bool:

@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+Norm = Literal["linf", "l2"]
+Objective = Literal["ce", "kl"]
+
 EPS = {"linf": 8 / 255, "l2": 128 / 255}  # the radii that the field reports on CIFAR, norm by norm
+LARGEST = {"linf": 1.0, "l2": 100.0}  # images are in [0, 1]: no pixel can change by more than 1
 
 
 @contextmanager
@@ -36,8 +40,8 @@ def pgd(
     eps: float,
     step: float,
     steps: int,
-    norm: Literal["linf", "l2"] = "linf",
-    objective: Literal["ce", "kl"] = "ce",
+    norm: Norm = "linf",
+    objective: Objective = "ce",
     clean_logits: Tensor | None = None,
     random_start: bool = True,
     start: Tensor | None = None,
@@ -94,7 +98,7 @@ def pgd(
     return x_adv.detach()
 
 
-def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+def project(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
     """The nearest point of the eps-ball around x, then of [0, 1]; x lies in both, so the second keeps the first."""
     if norm == "linf":
         return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
@@ -102,7 +106,7 @@ def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
     return (x + change * (eps / _length(change).clamp_min(eps + _tiny(x)))).clamp(0, 1)
 
 
-def direction(gradient: Tensor, norm: str) -> Tensor:
+def direction(gradient: Tensor, norm: Norm) -> Tensor:
     """The step of length 1 that raises the loss most; zero where the gradient is."""
     if norm == "linf":
         return gradient.sign()
@@ -112,12 +116,28 @@ def direction(gradient: Tensor, norm: str) -> Tensor:
     return scaled / _length(scaled).clamp_min(_tiny(gradient))
 
 
-def random_in_ball(x: Tensor, eps: float, norm: str) -> Tensor:
+def random_in_ball(x: Tensor, eps: float, norm: Norm) -> Tensor:
     """Changes drawn uniformly from the eps-ball, shaped as x."""
     if norm == "linf":
         return eps * (2 * torch.rand_like(x) - 1)
     radius = torch.rand(len(x), dtype=x.dtype, device=x.device) ** (1 / math.prod(x.shape[1:]))
     return eps * _per_image(radius, x) * direction(torch.randn_like(x), norm)
+
+
+def fraction(text: str) -> float:
+    """A number, or two with a slash between them, as eps is usually written: 8/255."""
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except ZeroDivisionError:
+        raise ValueError(f"{text!r} divides by zero") from None
+
+
+def check_length(name: str, value: float, norm: Norm) -> None:
+    """Refuse an eps or a step that no image in [0, 1] has room for, such as 8 where 8/255 was meant."""
+    if not 0 <= value <= LARGEST[norm]:
+        hint = f": pixels are in [0, 1], so write {value:g}/255" if 1 < value <= 255 and norm == "linf" else ""
+        raise ValueError(f"{name} must be in [0, {LARGEST[norm]:g}] for norm {norm}, got {value:g}{hint}")
 
 
 def _length(images: Tensor) -> Tensor:
@@ -145,12 +165,11 @@ def _check(
     clean_logits: Tensor | None,
     start: Tensor | None,
 ) -> None:
-    if norm not in ("linf", "l2"):
+    if norm not in LARGEST:
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     if objective not in ("ce", "kl"):
         raise ValueError(f"objective must be 'ce' or 'kl', got {objective!r}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be a finite number from 0, got {eps}")
+    check_length("eps", eps, norm)
     if not (math.isfinite(step) and step > 0):
         raise ValueError(f"step must be a finite number above 0, got {step}")
     if isinstance(steps, bool) or not isinstance(steps, int):

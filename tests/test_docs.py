@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import cktat_loss
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 MODULES = ["cktat_loss", *(m.name for m in pkgutil.walk_packages(cktat_loss.__path__, "cktat_loss."))]
 
 
@@ -37,14 +39,39 @@ def test_what_is_public_has_an_example(module, name):
     assert found.examples
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
-def test_readme(tmp_path, monkeypatch):
-    """All its Python, from top to bottom, as a reader would paste it."""
-    text = README.read_text()
+# What a reader would paste, from top to bottom. docs/migrate_from_trades.md is tested with the examples.
+PAGES = ("README.md", "docs/getting_started.md", "docs/recipes.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs(page, tmp_path, monkeypatch):
+    if not (ROOT / page).exists():
+        pytest.skip(f"there is no {page}")
+    text = (ROOT / page).read_text()
     blocks = [*re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
     assert blocks
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
+    namespace = {"__name__": "page", **the_readers_own()}
+    before = [p.clone() for p in namespace["student"].parameters()]
     for block in blocks:
-        above = text.count("\n", 0, block.start(1))  # so that an error names README.md's own line
-        exec(compile("\n" * above + block[1], README, "exec"), namespace)
+        above = text.count("\n", 0, block.start(1))  # so that an error names the page's own line
+        exec(compile("\n" * above + block[1], page, "exec"), namespace)
+    if "optimizer.step()" in text:
+        assert all((p != q).any() for p, q in zip(before, namespace["student"].parameters(), strict=True))
+
+
+def the_readers_own():
+    def net():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+
+    def attack(student, x, y):
+        return (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
+
+    student = net()
+    return {
+        "student": student,
+        "teacher": net(),
+        "attack": attack,
+        "loader": [(torch.rand(16, 1, 8, 8), torch.randint(10, (16,))) for _ in range(3)],
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+    }

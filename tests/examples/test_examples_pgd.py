@@ -1,0 +1,449 @@
+"""examples/pgd.py: strong enough, inside its bounds, and without a trace on the model."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.examples_path import imported
+
+USUAL = {"eps": 0.1, "step": 0.05, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def attack():
+    with imported("pgd") as modules:
+        yield modules.pgd
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, Dropout and a head; counts its forwards and notes the mode of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.dropout = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.head = nn.Linear(4 * 6 * 6, 3)
+        self.modes: list[list[bool]] = []
+
+    def forward(self, x):
+        self.modes.append([module.training for module in self.modules()])
+        return self.head(self.dropout(self.bn(self.conv(x)).relu()).flatten(1))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def x():
+    return torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def y():
+    return torch.tensor([0, 1, 2, 0])
+
+
+def linear(pixels=6, classes=3, dtype=torch.float64):
+    """A linear classifier, on which the cross-entropy is convex in the image."""
+    torch.manual_seed(0)
+    return nn.Linear(pixels, classes, dtype=dtype)
+
+
+def lengths(change, norm):
+    """A plain computation of how far each image was moved."""
+    rows = change.double().flatten(1)
+    return rows.abs().amax(1) if norm == "linf" else rows.square().sum(1).sqrt()
+
+
+def trades_attack(model, x, *, eps, step, steps, start):
+    """As in the code of TRADES' authors, clean logits computed anew for each step."""
+    x_adv = start.clone()
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        loss = F.kl_div(F.log_softmax(model(x_adv), dim=1), F.softmax(model(x), dim=1), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x_adv)
+        x_adv = x_adv.detach() + step * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0.0, 1.0)
+    return x_adv
+
+
+# Bounds
+
+
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    objective=st.sampled_from(["ce", "kl"]),
+    share=st.floats(0, 1),
+    step=st.floats(1e-3, 5),
+    steps=st.integers(1, 4),
+    random_start=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_images_stay_in_the_ball_and_in_0_1(attack, norm, objective, share, step, steps, random_start, dtype):
+    eps = share * (1 if norm == "linf" else 3)
+    model = linear(dtype=dtype)
+    x = torch.rand(5, 6, dtype=dtype)
+    x[0], x[1] = 0, 1
+    x_adv = attack.pgd(
+        model,
+        x,
+        torch.tensor([0, 1, 2, 0, 1]),
+        eps=eps,
+        step=step,
+        steps=steps,
+        norm=norm,
+        objective=objective,
+        random_start=random_start,
+    )
+    assert (lengths(x_adv - x, norm) <= eps + 1e-6).all()
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert x_adv.dtype == dtype
+    assert not x_adv.requires_grad
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("random_start", [True, False])
+def test_eps_0_gives_x(attack, net, x, y, norm, random_start):
+    x_adv = attack.pgd(net, x, y, eps=0, step=0.1, steps=2, norm=norm, random_start=random_start)
+    assert torch.equal(x_adv, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_images_come_out_in_float32(attack, net, x, y, dtype):
+    assert attack.pgd(net, x.to(dtype), y, **USUAL).dtype == torch.float32
+
+
+def test_a_batch_of_none(attack, net, x, y):
+    assert attack.pgd(net, x[:0], y[:0], **USUAL, norm="l2").shape == (0, 1, 8, 8)
+
+
+# Strength
+
+
+def two_classes(weight):
+    """Logits 0 and x @ weight: for class 0, the loss only grows with x @ weight."""
+    model = nn.Linear(len(weight), 2, bias=False, dtype=weight.dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([torch.zeros_like(weight), weight]))
+    return model
+
+
+def test_one_linf_step_reaches_the_optimum_of_a_linear_model(attack):
+    weight = torch.tensor([0.5, -2.0, 1e-3, -1e-3, 3.0, -0.1])
+    x, y = torch.rand(20, 6), torch.zeros(20, dtype=torch.long)
+    x_adv = attack.pgd(two_classes(weight), x, y, eps=0.3, step=0.3, steps=1, random_start=False)
+    torch.testing.assert_close(x_adv, (x + 0.3 * weight.sign()).clamp(0, 1))
+
+
+def test_one_l2_step_reaches_the_optimum_of_a_linear_model(attack):
+    weight = torch.tensor([0.5, -2.0, 1e-3, -1e-3, 3.0, -0.1])
+    x, y = torch.full((2, 6), 0.5), torch.zeros(2, dtype=torch.long)
+    x_adv = attack.pgd(two_classes(weight), x, y, eps=0.4, step=0.9, steps=1, norm="l2", random_start=False)
+    torch.testing.assert_close(x_adv, x + 0.4 * weight / weight.square().sum().sqrt())
+
+
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.floats(0.01, 0.2),
+    step=st.floats(1e-3, 1),
+    steps=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_the_loss_does_not_fall_below_the_clean_one_on_a_linear_model(attack, norm, eps, step, steps, seed):
+    model, y = linear(), torch.tensor([0, 1, 2, 0, 1])
+    x = 0.3 + 0.4 * torch.rand(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x_adv = attack.pgd(model, x, y, eps=eps, step=step, steps=steps, norm=norm, random_start=False)
+    before, after = (F.cross_entropy(model(images), y, reduction="none") for images in (x, x_adv))
+    assert (after >= before - 1e-12).all()
+    assert after.sum() > before.sum()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_does_not_notice_the_others_of_its_batch(attack, net, x, y, norm):
+    start = (x + 0.02 * torch.randn_like(x)).clamp(0, 1)
+    together = attack.pgd(net, x, y, **USUAL, norm=norm, start=start)
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = attack.pgd(net, x[one], y[one], **USUAL, norm=norm, start=start[one])
+        torch.testing.assert_close(together[one], alone)
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-25, 1.0, 1e25])
+def test_an_l2_step_is_as_long_whatever_the_gradients_scale(attack, scale):
+    """A saturated model's gradients are so small that their squares are zero, in float32."""
+    step = attack.direction(scale * torch.tensor([[3.0, -4.0]]), "l2")
+    torch.testing.assert_close(step, torch.tensor([[0.6, -0.8]]), rtol=1e-4, atol=0)
+
+
+def test_an_image_without_a_gradient_stays(attack):
+    assert torch.equal(attack.direction(torch.zeros(2, 3), "l2"), torch.zeros(2, 3))
+
+
+def test_the_kl_attack_is_that_of_trades(attack):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 10)).double()
+    with torch.no_grad():
+        model[2].weight *= 10
+    x = 0.1 + 0.8 * torch.rand(50, 6, dtype=torch.float64)
+    start = x + 0.001 * torch.randn_like(x)
+    wide = {"eps": 0.6, "step": 0.2, "steps": 6}  # close to x, the KL's other direction would lead to the same place
+    ours = attack.pgd(model, x, torch.zeros(50, dtype=torch.long), **wide, objective="kl", start=start)
+    torch.testing.assert_close(ours, trades_attack(model, x, **wide, start=start))
+
+
+# Starts
+
+
+def undecided():
+    """Both classes are equally likely at x = 0.5, where the gradient of the KL is therefore exactly zero."""
+    return two_classes(torch.tensor([1.0, -1.0])), torch.full((3, 2), 0.5), torch.zeros(3, dtype=torch.long)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_kl_attack_gets_nowhere_from_x_itself(attack, norm):
+    model, x, y = undecided()
+    assert torch.equal(attack.pgd(model, x, y, **USUAL, norm=norm, objective="kl", random_start=False), x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_kl_attack_gets_away_from_a_random_start(attack, norm):
+    model, x, y = undecided()
+    x_adv = attack.pgd(model, x, y, eps=0.1, step=0.1, steps=5, norm=norm, objective="kl")
+    assert (lengths(x_adv - x, norm) > 0.09).all()
+
+
+def test_random_starts_differ(attack, net, x, y):
+    assert not torch.equal(attack.pgd(net, x, y, **USUAL), attack.pgd(net, x, y, **USUAL))
+
+
+def test_torch_manual_seed_repeats_a_random_start(attack, net, x, y):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(attack.pgd(net, x, y, **USUAL, norm="l2"))
+    assert torch.equal(*runs)
+
+
+def test_without_a_random_start_nothing_is_drawn(attack, net, x, y):
+    before = torch.get_rng_state()
+    first = attack.pgd(net, x, y, **USUAL, random_start=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(attack.pgd(net, x, y, **USUAL, random_start=False), first)
+
+
+def test_random_starts_fill_the_linf_ball(attack):
+    x = torch.full((5000, 2), 0.5)
+    x_adv = attack.pgd(two_classes(torch.ones(2)), x, torch.zeros(5000, dtype=torch.long), eps=0.4, step=1e-6, steps=1)
+    change = x_adv - x
+    assert change.abs().max() > 0.39
+    assert change.std().item() == pytest.approx(0.4 / 3**0.5, rel=0.03)
+
+
+def test_random_starts_fill_the_l2_ball(attack):
+    x, y = torch.full((5000, 2), 0.5), torch.zeros(5000, dtype=torch.long)
+    x_adv = attack.pgd(two_classes(torch.ones(2)), x, y, eps=0.4, step=1e-6, steps=1, norm="l2")
+    radius = lengths(x_adv - x, "l2")
+    assert (radius < 0.2).double().mean().item() == pytest.approx(0.25, abs=0.03)  # a quarter of the disc's area
+    assert (x_adv - x).mean(0).abs().max() < 0.02
+
+
+def test_a_given_start_is_where_it_begins(attack, net, x, y):
+    start = (x + 0.05 * torch.randn_like(x).sign()).clamp(0, 1)
+    x_adv = attack.pgd(net, x, y, eps=0.1, step=1e-6, steps=1, start=start)
+    torch.testing.assert_close(x_adv, start, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("outside", [True, False])
+def test_the_model_sees_nothing_outside_of_the_bounds(attack, net, x, y, norm, outside):
+    """From the first step on, with a given start outside of the ball and with a random one."""
+    seen = []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    attack.pgd(net, x, y, **USUAL, norm=norm, start=1.5 - x if outside else None)
+    assert len(seen) == 3
+    for images in seen:
+        assert (lengths(images - x, norm) <= 0.1 + 1e-6).all()
+        assert images.min() >= 0
+        assert images.max() <= 1
+
+
+# No trace on the model
+
+
+@pytest.mark.parametrize("bn_eval", [True, False])
+def test_modes_are_put_back_module_by_module(attack, net, x, y, bn_eval):
+    net.bn.eval()
+    before = [module.training for module in net.modules()]
+    attack.pgd(net, x, y, **USUAL, bn_eval=bn_eval)
+    assert [module.training for module in net.modules()] == before
+
+
+def test_modes_are_put_back_after_an_exception(attack, net, x, y):
+    net.bn.eval()
+    before = [module.training for module in net.modules()]
+    with pytest.raises(RuntimeError):
+        attack.pgd(net, x[..., :5], y, **USUAL)
+    assert [module.training for module in net.modules()] == before
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl"])
+def test_every_forward_is_in_eval_mode(attack, net, x, y, objective):
+    attack.pgd(net, x, y, **USUAL, objective=objective)
+    assert not any(training for modes in net.modes for training in modes)
+
+
+def test_bn_eval_false_leaves_the_modes_alone(attack, net, x, y):
+    net.dropout.eval()
+    attack.pgd(net, x, y, **USUAL, bn_eval=False)
+    assert net.modes == [[module.training for module in net.modules()]] * 3
+
+
+def test_batchnorm_statistics_do_not_move(attack, net, x, y):
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    attack.pgd(net, x, y, **USUAL, objective="kl")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl"])
+def test_parameters_get_no_gradients(attack, net, x, y, objective):
+    attack.pgd(net, x, y, **USUAL, objective=objective)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_gradients_that_are_there_stay(attack, net, x, y):
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    attack.pgd(net, x, y, **USUAL)
+    assert all((parameter.grad == 3).all() for parameter in net.parameters())
+
+
+def test_requires_grad_stays(attack, net, x, y):
+    net.conv.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in net.parameters()]
+    attack.pgd(net, x, y, **USUAL)
+    assert [parameter.requires_grad for parameter in net.parameters()] == before
+
+
+def test_the_images_passed_are_not_changed(attack, net, x, y):
+    x.requires_grad_()
+    before = x.detach().clone()
+    attack.pgd(net, x, y, **USUAL)
+    assert torch.equal(x, before)
+    assert x.grad is None
+
+
+# Cost
+
+
+@pytest.mark.parametrize(
+    ("objective", "given_logits", "forwards"), [("ce", False, 3), ("kl", False, 4), ("kl", True, 3)]
+)
+def test_clean_logits_are_computed_once_at_most(attack, net, x, y, objective, given_logits, forwards):
+    attack.pgd(net, x, y, **USUAL, objective=objective, clean_logits=torch.randn(4, 3) if given_logits else None)
+    assert len(net.modes) == forwards
+
+
+def test_given_clean_logits_are_those_used(attack, net, x, y):
+    logits = net.eval()(x)
+    runs = []
+    for clean_logits in (None, logits, logits + torch.randn(4, 3)):
+        torch.manual_seed(0)
+        runs.append(attack.pgd(net, x, y, **USUAL, objective="kl", clean_logits=clean_logits))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+# Company
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl"])
+def test_autocast(attack, net, x, y, objective):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x_adv = attack.pgd(net, x, y, **USUAL, objective=objective)
+        loss = net(x_adv).float().logsumexp(1).sum()
+    assert x_adv.dtype == torch.float32
+    assert (lengths(x_adv - x, "linf") > 0.09).all()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_under_no_grad(attack, net, x, y):
+    with torch.no_grad():
+        x_adv = attack.pgd(net, x, y, **USUAL, random_start=False)
+    assert torch.equal(x_adv, attack.pgd(net, x, y, **USUAL, random_start=False))
+
+
+def test_a_compiled_model(attack, net, x, y):
+    compiled = torch.compile(net, backend="eager")
+    net.bn.eval()
+    before = [module.training for module in net.modules()]
+    x_adv = attack.pgd(compiled, x, y, **USUAL, random_start=False)
+    assert [module.training for module in net.modules()] == before
+    torch.testing.assert_close(x_adv, attack.pgd(net, x, y, **USUAL, random_start=False))
+
+
+def test_a_ddp_model_trains_on_after_an_attack_that_exchanges_nothing(attack, net, x, y, tmp_path):
+    expected = attack.pgd(net, x, y, **USUAL, random_start=False)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(net)
+        forwards = []
+        model.register_forward_pre_hook(lambda *_: forwards.append("through DDP"))
+        x_adv = attack.pgd(model, x, y, **USUAL, random_start=False)
+        assert not forwards
+        F.cross_entropy(model(x_adv), y).backward()
+    finally:
+        dist.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert torch.equal(x_adv, expected)
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"norm": "l1"}, ValueError, "norm must be 'linf' or 'l2', got 'l1'"),
+        ({"objective": "cw"}, ValueError, "objective must be 'ce' or 'kl', got 'cw'"),
+        ({"eps": -0.1}, ValueError, r"eps must be in \[0, 1\] for norm linf, got -0\.1$"),
+        ({"eps": float("nan")}, ValueError, r"eps must be in \[0, 1\] for norm linf, got nan$"),
+        ({"eps": 8}, ValueError, r"got 8: pixels are in \[0, 1\], so write 8/255"),
+        ({"eps": 128, "norm": "l2"}, ValueError, r"eps must be in \[0, 100\] for norm l2, got 128$"),
+        ({"step": 0.0}, ValueError, r"step must be a finite number above 0, got 0\.0"),
+        ({"step": float("inf")}, ValueError, "step must be a finite number above 0, got inf"),
+        ({"steps": 0}, ValueError, "steps must be 1 or more, got 0"),
+        ({"steps": 2.0}, TypeError, "steps must be an int, got float"),
+        (
+            {"x": torch.full((4, 1, 8, 8), -1.5)},
+            ValueError,
+            r"x must be images in \[0, 1\] .*, got values in \[-1\.5, ",
+        ),
+        ({"x": torch.full((4, 1, 8, 8), float("nan"))}, ValueError, r"x must be images in \[0, 1\]"),
+        ({"x": torch.ones(4, 1, 8, 8, dtype=torch.uint8)}, TypeError, r"x must be floating, .*, got torch\.uint8"),
+        ({"start": torch.zeros(4, 8, 8)}, ValueError, r"start must be shaped as x, \(4, 1, 8, 8\), got \(4, 8, 8\)"),
+        ({"clean_logits": torch.zeros(3, 3)}, ValueError, r"clean_logits must be \(4, classes\), got \(3, 3\)"),
+    ],
+)
+def test_bad_arguments_are_named(attack, net, x, y, change, error, message):
+    with pytest.raises(error, match=message):
+        attack.pgd(net, **{"x": x, "y": y, **USUAL, **change})
+
+
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3), ("1e400", float("inf"))])
+def test_numbers_can_be_fractions(attack, text, value):
+    assert attack.fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["8/0", "8/", "/255", "eight", "", "8/2/5"])
+def test_what_is_no_number_is_an_error_of_value(attack, text):
+    with pytest.raises(ValueError, match=r"."):
+        attack.fraction(text)
