@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import runtime
 import torch
@@ -748,18 +748,9 @@ class Config(DataOptions, MethodOptions, AttackOptions, OptimisationOptions, Har
     """All options of a run, by the names that they have on the command line, with _ for -."""
 
 
-class Recipe(NamedTuple):
-    """How the two terms of CKTAT are balanced."""
-
-    tau: float
-    beta: float
-    detach_clean: bool
-    adaptive_beta: bool
-
-
-RECIPES = {
-    "adaptive": Recipe(2.0, 6.0, detach_clean=True, adaptive_beta=True),
-    "literal": Recipe(5.0, 6.0, detach_clean=False, adaptive_beta=False),
+RECIPES = {  # how the two terms of CKTAT are balanced
+    "adaptive": {"tau": 2.0, "beta": 6.0, "detach_clean": True, "adaptive_beta": True},
+    "literal": {"tau": 5.0, "beta": 6.0, "detach_clean": False, "adaptive_beta": False},
 }
 VALIDATION = {"digits": 200, "mnist5k": 500, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
 
@@ -799,7 +790,7 @@ def resolved(config: Config) -> Config:
         filled.step_size = config.step_size or filled.eps / 4  # the field's usual
     if config.method == "cktat":
         filled.recipe = config.recipe or "adaptive"
-        for name, value in RECIPES[filled.recipe]._asdict().items():
+        for name, value in RECIPES[filled.recipe].items():
             if getattr(config, name) is None:
                 setattr(filled, name, value)
     if config.method == "trades" and config.beta is None:
