@@ -23,6 +23,7 @@ evaluate.py attacks the result, plot_run.py draws the log. Ctrl-C and SIGTERM le
 from __future__ import annotations  # the options stand last
 
 import importlib.util
+import inspect
 import json
 import math
 import sys
@@ -284,7 +285,10 @@ class State:
             # backward, which autograd refuses wherever it notices. Here each process keeps its own statistics, and
             # rank 0's are validated.
             gpu = [ranks.device] if ranks.device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=gpu, broadcast_buffers=False)
+            name = "forward_sync_buffers"  # since torch 2.14
+            if name not in inspect.signature(DistributedDataParallel).parameters:
+                name = "broadcast_buffers"
+            self.network = DistributedDataParallel(model, device_ids=gpu, **{name: False})
         momentum, decay = {"momentum": config.momentum, "nesterov": config.nesterov}, config.weight_decay
         self.optimizer = torch.optim.SGD(model.parameters(), config.lr, weight_decay=decay, **momentum)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
