@@ -277,8 +277,7 @@ def test_a_flipped_byte_is_never_loaded_as_another_weight(examples, uninterrupte
         (tmp_path / "best.pt").write_bytes(flipped)
         try:
             found = examples.runtime.load(tmp_path / "best.pt")
-        except ValueError as error:
-            assert "cannot be read as a checkpoint" in str(error)
+        except ValueError:  # a sentence: test_a_broken_checkpoint_gets_one_sentence
             refused += 1
         else:
             assert all(torch.equal(value, wanted["model"][name]) for name, value in found["model"].items())
