@@ -20,7 +20,7 @@ def run(examples, tmp_path):
 
     def make(name, **columns):
         (tmp_path / name).mkdir()
-        rows = [{name: None for name in examples.runtime.COLUMNS} | {"epoch": epoch} | columns for epoch in (1, 2)]
+        rows = [dict.fromkeys(examples.runtime.COLUMNS) | {"epoch": epoch} | columns for epoch in (1, 2)]
         examples.runtime.write_log(tmp_path / name / "log.csv", rows)
         return tmp_path / name
 
