@@ -2,16 +2,17 @@
 
 python -m benchmarks host          (--help explains the options)
 
-Launches are counted by torch's profiler. Backward passes run in the calling thread; torch's own thread, woken up,
-costs every contender the same on top.
+Launches are counted by torch's profiler, the fill of the upstream gradient among them. Backward passes run in
+the calling thread; torch's own thread, woken up, costs every contender the same on top.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.contenders import BETA, TAU, log_targets, ours, usual
-from benchmarks.timing import Call, CPUClock, take_turns
+from benchmarks.timing import Call, CPUClock, quantiles, take_turns
 from cktat_loss import CKTATLoss
 
 SHAPES = ((128, 10), (1024, 1000))
@@ -48,6 +49,7 @@ def contenders(n: int, classes: int, compiling: bool) -> dict[str, Call]:
         "an empty autograd.Function": lambda: Empty.apply(clean, adv),
         "ours": lambda: ours(clean, adv, teacher),
         "ours, CKTATLoss": lambda: criterion(clean, adv, teacher_logits=teacher),
+        "ours, upstream 1/4": lambda: ours(clean, adv, teacher) / 4,
         "ours, the recipe": lambda: recipe(clean, adv, teacher_logits=teacher, y=y, return_terms=True)[0],
         "usual": lambda: usual(clean, adv, teacher),
         "usual, log_target": lambda: log_targets(clean, adv, teacher),
@@ -67,8 +69,12 @@ def contenders(n: int, classes: int, compiling: bool) -> dict[str, Call]:
     return {name: step(loss) for name, loss in losses.items()}
 
 
-def launches(call: Call) -> int:
+def launches(call: Call, counter: Callable[[], int] | None) -> int:
     """Of kernels, as the host makes them; what a GPU fills or copies on its own is none."""
+    if counter is not None:
+        before = counter()
+        call()
+        return counter() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
@@ -87,45 +93,60 @@ def undisturbed() -> Iterator[None]:
         gc.enable()
 
 
-def measure(n: int, classes: int, rounds: int, compiling: bool, fake: bool) -> Iterator[dict[str, object]]:
+def measure(
+    n: int, classes: int, rounds: int, compiling: bool, counter: Callable[[], int] | None
+) -> Iterator[dict[str, object]]:
     calls = contenders(n, classes, compiling)
     with undisturbed():
         for call in calls.values():
             for _ in range(20):
                 call()
         times, _ = take_turns(calls, CPUClock(1), lambda _: rounds)
-        medians = {name: 1e6 * statistics.median(taken) for name, taken in times.items()}
-    for name, call in calls.items():
+        counted = {name: launches(call, counter) for name, call in calls.items()}
+    for name, taken in times.items():
         yield machine.environment("cuda") | {
+            "host": machine.environment("cpu")["machine"],
+            "gpu": "real" if machine.computes() else "none",
             "n": n,
             "classes": classes,
             "contender": name,
-            "cpu_us": medians[name],
-            "of_usual": medians[name] / medians["usual"],
-            "launches": "" if fake else launches(call),
-            "gpu": "none" if fake else "real",
+            **quantiles([1e6 * seconds for seconds in taken], "us"),
+            "of_usual": statistics.median(taken) / statistics.median(times["usual"]),
+            "launches": counted[name],
+            "rounds": rounds,
         }
+
+
+def function(text: str) -> Callable[[], int]:
+    module, name = text.split(":")
+    found: Callable[[], int] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "host.csv", help="CSV (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of host.csv (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="(default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--fake", action="store_true", help="the GPU is none: only the host's time means something")
+    parser.add_argument(
+        "--counter",
+        type=function,
+        metavar="MODULE:FUNCTION",
+        help="says how many kernels were launched so far, where torch's profiler cannot (default: the profiler)",
+    )
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("needs a GPU, or a CUDA runtime that does nothing")
     torch.set_num_threads(1)
-    print(torch.cuda.get_device_name(), "(host time only)" if args.fake else "")
+    print(torch.cuda.get_device_name(), "" if machine.computes() else "(which computes nothing: the host's time alone)")
     rows = []
     for n, classes in SHAPES:
-        for row in measure(n, classes, args.rounds, not args.no_compile, args.fake):
+        for row in measure(n, classes, args.rounds, not args.no_compile, args.counter):
             print(
-                f"{n} x {classes}  {row['contender']:28}{row['cpu_us']:8.1f} us  {row['launches']} launches", flush=True
+                f"{n} x {classes}  {row['contender']:28}{row['us_50']:8.1f} us  {row['launches']} launches", flush=True
             )
             rows.append(row)
-    machine.write(args.out, rows)
+    machine.write(args.out / "host.csv", rows)
 
 
 if __name__ == "__main__":

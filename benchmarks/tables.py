@@ -169,6 +169,28 @@ def loss_report(rows: Sequence[Row], title: str = "#") -> str:
     return "\n".join(parts)
 
 
+# The host.
+
+
+def host_table(rows: Sequence[Row]) -> str:
+    """A line a contender, a column a shape: CPU time, its share of the usual expression's, launches."""
+    shapes = distinct(rows, "n", "classes")
+    lines = []
+    for (name,) in distinct(rows, "contender"):
+        here = {(r["n"], r["classes"]): r for r in rows if r["contender"] == name}
+        found = [here[shape] for shape in shapes if shape in here]
+        lines.append(
+            [name, *(f"{float(r['us_50']):.0f} us ({float(r['of_usual']):.2f}), {r['launches']}" for r in found)]
+        )
+    head = ["forward and backward", *(f"{n} × {classes}" for n, classes in shapes)]
+    real = rows[0]["gpu"] == "real"
+    what = "on a GPU" if real else "measured without a GPU, with CUDA calls that do nothing: the host's time alone"
+    return (
+        f"{markdown.table(head, lines)}\nCPU time (share of the usual expression's), launches; {what}. "
+        f"{rows[0]['host']}, {where(rows).split(', ', 1)[1]}; medians of {rows[0]['rounds']} rounds in turns.\n"
+    )
+
+
 # Accuracy.
 
 
@@ -201,6 +223,7 @@ def accuracy_tables(rows: Sequence[Row]) -> str:
 # By page, what stands between the markers of each name, and the CSV that it is made of.
 PAGES: dict[str, dict[str, tuple[str, Callable[[Sequence[Row]], str]]]] = {
     "README.md": {"speed": ("loss", speed_table)},
+    "docs/kernels.md": {"host": ("host", host_table)},
     "docs/benchmarks.md": {"loss": ("loss", loss_tables), "accuracy": ("accuracy", accuracy_tables)},
 }
 
@@ -208,7 +231,8 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[Sequence[Row]], str]]]] = {
 def updated(page: str, text: str, results: Path, device: str = "cpu") -> str:
     """The page's text, with the tables that the CSVs give."""
     for name, (csv, table) in PAGES[page].items():
-        text = markdown.replaced(text, name, table(machine.read(results / f"{csv}-{device}.csv")))
+        path = results / ("host.csv" if csv == "host" else f"{csv}-{device}.csv")
+        text = markdown.replaced(text, name, table(machine.read(path)))
     return text
 
 
