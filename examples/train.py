@@ -23,6 +23,7 @@ evaluate.py attacks the result, plot_run.py draws the log. Ctrl-C and SIGTERM le
 from __future__ import annotations  # the options stand last
 
 import importlib.util
+import inspect
 import json
 import math
 import sys
@@ -34,7 +35,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import runtime
 import torch
@@ -284,7 +285,10 @@ class State:
             # backward, which autograd refuses wherever it notices. Here each process keeps its own statistics, and
             # rank 0's are validated.
             gpu = [ranks.device] if ranks.device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=gpu, broadcast_buffers=False)
+            name = "forward_sync_buffers"  # since torch 2.14
+            if name not in inspect.signature(DistributedDataParallel).parameters:
+                name = "broadcast_buffers"
+            self.network = DistributedDataParallel(model, device_ids=gpu, **{name: False})
         momentum, decay = {"momentum": config.momentum, "nesterov": config.nesterov}, config.weight_decay
         self.optimizer = torch.optim.SGD(model.parameters(), config.lr, weight_decay=decay, **momentum)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
@@ -748,18 +752,9 @@ class Config(DataOptions, MethodOptions, AttackOptions, OptimisationOptions, Har
     """All options of a run, by the names that they have on the command line, with _ for -."""
 
 
-class Recipe(NamedTuple):
-    """How the two terms of CKTAT are balanced."""
-
-    tau: float
-    beta: float
-    detach_clean: bool
-    adaptive_beta: bool
-
-
-RECIPES = {
-    "adaptive": Recipe(2.0, 6.0, detach_clean=True, adaptive_beta=True),
-    "literal": Recipe(5.0, 6.0, detach_clean=False, adaptive_beta=False),
+RECIPES = {  # how the two terms of CKTAT are balanced
+    "adaptive": {"tau": 2.0, "beta": 6.0, "detach_clean": True, "adaptive_beta": True},
+    "literal": {"tau": 5.0, "beta": 6.0, "detach_clean": False, "adaptive_beta": False},
 }
 VALIDATION = {"digits": 200, "mnist5k": 500, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
 
@@ -799,7 +794,7 @@ def resolved(config: Config) -> Config:
         filled.step_size = config.step_size or filled.eps / 4  # the field's usual
     if config.method == "cktat":
         filled.recipe = config.recipe or "adaptive"
-        for name, value in RECIPES[filled.recipe]._asdict().items():
+        for name, value in RECIPES[filled.recipe].items():
             if getattr(config, name) is None:
                 setattr(filled, name, value)
     if config.method == "trades" and config.beta is None:

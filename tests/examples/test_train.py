@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.examples_path import imported
+from tests.examples_path import EXAMPLES, imported
 
 pytest.importorskip("pyautoattack")
 pytest.importorskip("sklearn")
@@ -210,6 +213,16 @@ def test_validation_draws_the_same_attacks_each_time_and_none_from_training(exam
         torch.rand(1)
         before = torch.get_rng_state()
     assert torch.equal(*noise)
+
+
+def test_it_needs_six_files_beside_it_and_nothing_else_of_examples(tmp_path):
+    for name in ("train", "awp", "data", "methods", "models", "pgd", "runtime"):
+        shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
+    command = [sys.executable, "-W", "error", str(tmp_path / "train.py"), *CLEAN, "--epochs", "1", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "teacher" / "best.pt").exists()
 
 
 # What the options do.
