@@ -130,7 +130,7 @@ def _differentiable_backward(problem: Problem, upstream: Upstream, needed: tuple
     with torch.enable_grad():
         # Views: if one of the two depends on the other, each gradient must still be the partial one.
         clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
-        out = plain.forward(problem._replace(clean=clean, adv=adv), True, needed)
+        out = plain.forward(problem._replace(clean=clean, adv=adv, teacher=problem.teacher.detach()), True, needed)
     values = (out.guidance, out.consistency) if out.loss is None else (out.loss,)
     used = [(value, u) for value, u in zip(values, upstream, strict=True) if value is not None and u is not None]
     found = torch.autograd.grad(

@@ -62,7 +62,8 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
         return Pass(None, rows.guidance.clone(), rows.consistency.clone())
     rows = _rows(problem, None, needed)
     loss = plain.reduced(rows.guidance, rows.consistency, rows.beta, problem.reduction)
-    return Pass(loss, rows.guidance, rows.consistency, (rows.d_clean, rows.d_adv))
+    guidance, consistency = (rows.guidance, rows.consistency) if return_terms else (None, None)
+    return Pass(loss, guidance, consistency, (rows.d_clean, rows.d_adv))
 
 
 def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:

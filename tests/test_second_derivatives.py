@@ -54,6 +54,16 @@ def test_one_side_only() -> None:
     assert gradgradcheck(lambda c, a: cktat_loss(c, a, teacher, TAU, BETA, detach_clean=True), (clean.detach(), adv))
 
 
+@EACH_LOSS
+def test_a_gradient_penalty_has_no_gradient_for_the_teacher(loss: Callable[..., Tensor]) -> None:
+    clean, adv, teacher = logits()
+    teacher.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(clean, adv, teacher), adv, create_graph=True)
+    gradient.square().sum().backward()
+    assert teacher.grad is None
+    assert adv.grad is not None
+
+
 @pytest.mark.parametrize("where", ["all", "teacher", "clean"])
 def test_under_masks(where: str) -> None:
     clean, adv, teacher = logits()
