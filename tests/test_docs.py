@@ -28,8 +28,7 @@ def test_doctests(name):
         ("loss", "CKTATLoss"),
         ("functional", "cktat_loss"),
         ("functional", "cktat_terms"),
-        ("functional", "cktat_loss_and_grads"),
-        ("schedules", "adaptive_beta"),
+        ("weights", "adaptive_beta"),
         ("transfer", "warm_start"),
     ],
 )
