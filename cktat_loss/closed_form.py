@@ -55,7 +55,7 @@ class _Divergences(NamedTuple):
 
 
 def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
-    """As :func:`plain.forward`, with the gradients of the rows' sum, not cast. Those of "terms" are left for later."""
+    """As ``plain.forward``, with the gradients of the rows' sum, not cast. Those of "terms" are left for later."""
     if problem.reduction == "terms":
         rows = _rows(problem, None, (False, False))
         # Copies, not two views of one tensor, which autograd would guard against changes.
@@ -67,7 +67,7 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
 
 
 def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:
-    """As :func:`plain.backward`: the gradients of the forward pass, scaled; or computed now."""
+    """As ``plain.backward``: the gradients of the forward pass, scaled; or computed now."""
     w_guidance, w_consistency = plain.upstream_weights(problem, upstream)
     if problem.reduction == "terms":
         d_clean, d_adv = _rows(problem._replace(beta=w_consistency), w_guidance, needed)[3:]

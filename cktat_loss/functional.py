@@ -65,7 +65,10 @@ def cktat_loss(
 ) -> Tensor | tuple[Tensor, CKTATTerms]:
     r"""The CKTAT loss, Eq. 17 of arXiv 2504.00038, from logits.
 
-    .. math:: L_i = KL(softmax(t_i / \tau) \| softmax(a_i)) + \beta_i \, KL(softmax(c_i) \| softmax(a_i))
+    $$
+    L_i = \mathrm{KL}(\mathrm{softmax}(t_i / \tau) \,\|\, \mathrm{softmax}(a_i))
+        + \beta_i \, \mathrm{KL}(\mathrm{softmax}(c_i) \,\|\, \mathrm{softmax}(a_i))
+    $$
 
     with ``t`` the teacher's logits on the clean input, ``c`` and ``a`` the student's on the clean and the adversarial
     input. The first term is the guidance, the second the consistency (the TRADES term).
@@ -78,7 +81,7 @@ def cktat_loss(
         beta: weight of the consistency term, >= 0; or a floating tensor, 0-d or (N,), of weights, one for each sample.
             A tensor's values are never looked at, and no gradient flows to it.
         y: labels (N,), integer. They make the weight of each sample ``beta * softmax(a_i)[y_i]``, through which no
-            gradient flows: our recipe, see :func:`cktat_loss.adaptive_beta`. ``beta`` is a number then. On a GPU,
+            gradient flows: our recipe, see ``adaptive_beta``. ``beta`` is a number then. On a GPU,
             where looking would wait for the device, a label that is no class gives NaN for its sample.
         reduction: "mean" over the batch (torch's "batchmean"), "sum", or "none".
         detach_clean: stop the gradient through ``clean_logits``. Not the paper's form, but often needed: without an
@@ -101,7 +104,7 @@ def cktat_loss(
         ValueError: a wrong shape, device or value; on the CPU a label that is no class.
         RuntimeError: ``backend="triton"`` where it cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher, clean = torch.tensor([[5.0, 0.0]]), torch.tensor([[2.0, 0.0]])
         >>> adv = torch.tensor([[0.0, 0.0]], requires_grad=True)
@@ -138,14 +141,14 @@ def cktat_terms(
     detach_clean: bool = False,
     backend: Backend = "auto",
 ) -> CKTATTerms:
-    """The two terms of :func:`cktat_loss`, a value for each sample, before beta and the reduction.
+    """The two terms of ``cktat_loss``, a value for each sample, before beta and the reduction.
 
-    Args, Shape and Raises: as for :func:`cktat_loss`.
+    Args, Shape and Raises: as for ``cktat_loss``.
 
     Returns:
         ``CKTATTerms(guidance, consistency)``, each (N,), with gradients.
 
-    Example:
+    Examples:
         >>> import torch
         >>> logits = torch.tensor([[1.0, 0.0, -1.0]])
         >>> terms = cktat_terms(clean_logits=logits, adv_logits=logits, teacher_logits=logits, tau=1.0)

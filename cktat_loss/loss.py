@@ -17,9 +17,10 @@ from cktat_loss.state_dicts import unwrap
 class CKTATLoss(nn.Module):
     r"""Clean-teacher guidance plus consistency: the loss of CKTAT, Eq. 17 of arXiv 2504.00038.
 
-    .. math::
-        L = \frac{1}{N} \sum_i KL(softmax(T(x_i) / \tau) \| softmax(S(x_i')))
-            + \beta_i \, KL(softmax(S(x_i)) \| softmax(S(x_i')))
+    $$
+    L = \frac{1}{N} \sum_i \mathrm{KL}(\mathrm{softmax}(T(x_i) / \tau) \,\|\, \mathrm{softmax}(S(x_i')))
+        + \beta_i \, \mathrm{KL}(\mathrm{softmax}(S(x_i)) \,\|\, \mathrm{softmax}(S(x_i')))
+    $$
 
     The criterion takes logits and touches neither the student nor the optimizer. Its teacher is frozen: a deep copy
     made here, run in eval mode and without gradients whatever happens to the original or to ``criterion.train()``. It
@@ -34,7 +35,7 @@ class CKTATLoss(nn.Module):
         tau: temperature, > 0; divides the teacher's logits only. Can be assigned during training.
         beta: weight of the consistency term, finite, >= 0. Can be assigned during training.
         adaptive: weigh each sample by ``beta * softmax(S(x'))[y]``, with ``y`` in every call. Our recipe, not the
-            paper's: use it with ``detach_clean=True`` and tau 2 (see :func:`cktat_loss.adaptive_beta`).
+            paper's: use it with ``detach_clean=True`` and tau 2 (see ``adaptive_beta``).
         reduction: "mean" over the batch, "sum", or "none".
         detach_clean: stop the gradient through the clean logits (see the README on collapse).
         copy_teacher: False shares the teacher as passed, for compiled, sharded or very large ones. Then do not train
@@ -48,10 +49,11 @@ class CKTATLoss(nn.Module):
         Loss: a scalar, or (N,) for "none"; float32, or float64 where any logits are.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was wanted.
+        TypeError: an argument of the wrong type; the message names it, what came and what was wanted.
+        ValueError: a wrong value, likewise.
         RuntimeError: ``backend="triton"`` where it cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cktat_loss import CKTATLoss, warm_start
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -156,7 +158,11 @@ class CKTATLoss(nn.Module):
     ) -> CKTATTerms:
         """``CKTATTerms(guidance, consistency)``, each (N,), with gradients, before beta and the reduction.
 
-        Args as for a call, without labels.
+        Args:
+            clean_logits: student on clean inputs, (N, C).
+            adv_logits: student on adversarial inputs, (N, C).
+            x: the clean inputs, or
+            teacher_logits: the teacher's logits on them, (N, C).
         """
         return functional.cktat_terms(
             clean_logits,

@@ -140,7 +140,7 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
     """The loss and, if asked for, its terms, detached; of the reduction "terms" those alone.
 
     ``needed`` says of clean and adversarial logits whether their gradients will be asked for; here they are left to
-    :func:`backward`.
+    ``backward``.
     """
     return from_terms(problem, *terms(*problem[:4]), return_terms)
 

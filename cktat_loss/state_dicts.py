@@ -35,7 +35,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 def find_weights(argument: str, source: object) -> dict[str, Tensor]:
     """The tensors themselves in a module, a state_dict, a checkpoint or a file, all of them with values.
 
-    A module's names are without wrappers; a state_dict's are as they are. Raises what :func:`cktat_loss.warm_start`
+    A module's names are without wrappers; a state_dict's are as they are. Raises what ``warm_start``
     does, with ``argument`` in the message.
     """
     if isinstance(source, (str, os.PathLike)):

@@ -16,7 +16,7 @@ from cktat_loss.state_dicts import find_weights, pair
 
 @dataclass(frozen=True)
 class WarmStartReport:
-    """What :func:`warm_start` did, in names of parameters and buffers without wrappers."""
+    """What ``warm_start`` did, in names of parameters and buffers without wrappers."""
 
     copied: tuple[str, ...]
     missing: tuple[str, ...]
@@ -62,7 +62,7 @@ def warm_start(
         FileNotFoundError: no file at that path.
         ImportError: a ``.safetensors`` file, but no safetensors package.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cktat_loss import warm_start
         >>> teacher, student = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)

@@ -26,7 +26,7 @@ def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value; on the CPU a label that is no class.
 
-    Example:
+    Examples:
         >>> import torch
         >>> adaptive_beta(torch.tensor([[0.0, 0.0], [9.0, -9.0]]), torch.tensor([0, 1]), beta=6.0)
         tensor([3.0000e+00, 9.1380e-08])

@@ -2,7 +2,7 @@
 
 Logits are (N, C) in half or single precision, with any strides. Nothing here reads device data or allocates by it: no
 synchronisation, and every call can be captured in a CUDA graph. Nothing looks at the device either:
-:func:`cktat_loss.kernels.supports` has.
+``kernels.supports`` has.
 """
 
 from __future__ import annotations
@@ -189,12 +189,12 @@ def gradients_like(clean: Tensor, adv: Tensor, needed: tuple[bool, ...]) -> Grad
 
 
 def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
-    """As :func:`cktat_loss.plain.forward`, with the gradients for an upstream gradient of one.
+    """As ``plain.forward``, with the gradients for an upstream gradient of one.
 
     3 element moves a logit position and one for each gradient; with gradients of more than 4,096 classes 3 more. One
     launch; where several programs share a mean or a sum, torch adds up what each of them has made of it.
 
-    Gradients are left to :func:`backward` where the upstream gradient is never one: of float16, whose GradScaler's
+    Gradients are left to ``backward`` where the upstream gradient is never one: of float16, whose GradScaler's
     they need to survive, and of "none" and "terms", where each sample has its own.
     """
     clean, adv, reduction = problem.clean, problem.adv, problem.reduction
@@ -220,7 +220,7 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
 
 
 def backward(problem: Problem, upstream: Upstream, held: Held | None, needed: tuple[bool, ...]) -> Gradients:
-    """As :func:`cktat_loss.plain.backward`. One launch.
+    """As ``plain.backward``. One launch.
 
     It returns at once where the gradients held are right already, for an upstream gradient of one; else it computes
     them anew, scaled before the cast, into the same memory.
