@@ -110,7 +110,8 @@ def in_chunks(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Bet
         with (
             patch.object(launch, "STREAMING_BLOCK", block),
             patch.object(launch, "ROWS_UP_TO", 0 if run else 4096),
-            patch.object(launch, "plan", launch.plan.__wrapped__),  # none that was made for other sizes
+            # None that was made for other sizes.
+            patch.object(launch, "plan", getattr(launch.plan, "__wrapped__", launch.plan)),
         ):
             parts.append((run or rows)(*logits, tau, weights, y if y is None else y[some]))
     each, d_clean, d_adv = (torch.cat(one) for one in zip(*parts, strict=True))

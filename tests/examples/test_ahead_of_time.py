@@ -1,6 +1,8 @@
 """Every kernel, compiled for GPUs that aren't here: nothing spills, every access is as wide as it can be."""
 
 import csv
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,19 +22,26 @@ pytestmark = pytest.mark.skipif(launch.interprets(), reason="TRITON_INTERPRET is
 WARPS_ON_SM = 12
 VGPRS = 128  # four waves on each of an AMD compute unit's SIMDs
 
-PLAIN = [Variant(target, call, dtype, c) for target in TARGETS for c in CLASSES for call in CALLS for dtype in DTYPES]
+# float16 differs from bfloat16 in its conversions alone: one target stands for all.
+PLAIN = [
+    Variant(target, call, dtype, c)
+    for target in TARGETS
+    for c in CLASSES
+    for call in CALLS
+    for dtype in DTYPES
+    if dtype != "float16" or target == "sm_90"
+]
 # Forward and backward of training, and the forward pass with the most operands.
 BOTH_WAYS = ("training", "backward", "recipe")
 LONGEST_ROWS = [Variant("sm_90", call, dtype, launch.ROWS_UP_TO) for call in BOTH_WAYS for dtype in DTYPES[:2]]
 # From 2 GiB on, Triton addresses AMD memory in another way.
 LARGE = [Variant("gfx942", call, "float32", c, rows=2**20) for call in BOTH_WAYS for c in (1000, 21841)]
-# Triton knows of a stride whether it is a multiple of 16, and no more.
 PADDED = [Variant("sm_90", call, dtype, 1000, row_stride=1024) for call in BOTH_WAYS for dtype in DTYPES[:2]]
 SLICED = [Variant("sm_90", call, dtype, 1000, row_stride=1016) for call in BOTH_WAYS for dtype in DTYPES[:2]]
 MIXED = [Variant("sm_90", call, "mixed", 1000) for call in CALLS]
 SMALL = [Variant("sm_90", call, dtype, 10, rows=128) for call in BOTH_WAYS for dtype in DTYPES[:2]]  # one program
 TENSORS = [Variant("sm_90", call, "float32", 1000, tensors=True) for call in CALLS]
-WIDE = [*PLAIN, *LONGEST_ROWS, *LARGE, *PADDED, *SMALL, *TENSORS]
+WIDE = [*PLAIN, *LONGEST_ROWS, *LARGE, *PADDED, *SLICED, *SMALL, *TENSORS]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,7 @@ def built(request: pytest.FixtureRequest) -> dict[Variant, Built]:
     )
 
 
-@pytest.mark.parametrize("variant", [*WIDE, *SLICED, *MIXED], ids=str)
+@pytest.mark.parametrize("variant", [*WIDE, *MIXED], ids=str)
 def test_no_spills_and_no_local_memory(built: dict[Variant, Built], variant: Variant) -> None:
     machine = built[variant].machine
     assert machine.instructions > 0
@@ -74,12 +83,13 @@ def test_logits_and_gradients_move_at_full_width(built: dict[Variant, Built], va
 
 
 @pytest.mark.parametrize("variant", SLICED, ids=str)
-def test_the_width_check_sees_a_stride_that_the_compiler_does_not_know(
-    built: dict[Variant, Built], variant: Variant
-) -> None:
-    # Every row is 16-byte aligned, and yet Triton cannot know: what happens to all input if C is no constexpr.
+def test_the_width_check_sees_narrow_accesses(built: dict[Variant, Built], variant: Variant) -> None:
+    """What happens to all input where the compiler does not know the stride."""
+    good = built[variant]
     assert variant.widest(variant.row_stride, variant.classes) == 128
-    assert any("loads narrower than 128 bits" in fault for fault in width_faults(built[variant]))
+    for which in ("loads", "stores"):
+        narrow = replace(good.machine, **{which: Counter({32: 24})})
+        assert any(f"{which} narrower than 128 bits" in fault for fault in width_faults(replace(good, machine=narrow)))
 
 
 @pytest.mark.parametrize("variant", LONGEST_ROWS, ids=str)
