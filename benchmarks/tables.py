@@ -229,10 +229,11 @@ PAGES: dict[str, dict[str, tuple[str, Callable[[Sequence[Row]], str]]]] = {
 
 
 def updated(page: str, text: str, results: Path, device: str = "cpu") -> str:
-    """The page's text, with the tables that the CSVs give."""
+    """The page's text, with the tables that the CSVs give. Where there is no CSV, the table stays as it is."""
     for name, (csv, table) in PAGES[page].items():
         path = results / ("host.csv" if csv == "host" else f"{csv}-{device}.csv")
-        text = markdown.replaced(text, name, table(machine.read(path)))
+        if path.exists():
+            text = markdown.replaced(text, name, table(machine.read(path)))
     return text
 
 
