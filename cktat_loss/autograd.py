@@ -13,16 +13,16 @@ from cktat_loss.plain import Gradients, Pass, Problem, Upstream
 
 
 def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
-    """The loss or both terms, differentiable in ``clean`` and ``adv`` as often as asked."""
+    """The loss or both terms, differentiable in ``clean`` and ``adv`` as often as asked. The teacher is detached."""
     clean, adv, teacher, tau, beta, y, reduction = problem
     if _transformed():  # derivatives and maps of any kind, by plain ops alone
-        return plain.forward(problem._replace(teacher=teacher.detach()), return_terms, (True, True))
+        return plain.forward(problem, return_terms, (True, True))
     if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
-        guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
+        guidance, consistency = _InGraph.apply(clean, adv, teacher, tau)
         return plain.from_terms(problem, guidance, consistency, return_terms)
     chosen = _choose(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
-        clean, teacher = _savable(clean), _savable(teacher)
+        clean, adv, teacher = _savable(clean), _savable(adv), _savable(teacher)
         beta, y = beta if isinstance(beta, float) else _savable(beta), y if y is None else _savable(y)
         return Pass(*_Loss.apply(clean, adv, teacher, tau, beta, y, reduction, return_terms, chosen))
     out: Pass = chosen.forward(problem, return_terms, (False, False))
@@ -57,6 +57,8 @@ class _Loss(torch.autograd.Function):
         tau, number, reduction = ctx.others
         problem = Problem(clean, adv, teacher, tau, number if beta is None else beta, y, reduction)
         upstream = upstream[1:] if reduction == "terms" else upstream[:1]
+        if not any(isinstance(u, Tensor) for u in upstream):  # what was made of the loss has no gradient for it
+            return (None,) * 9
         if _is_differentiated(upstream):
             gradients = _differentiable_backward(problem, upstream, ctx.needs_input_grad)
         else:
@@ -83,7 +85,7 @@ class _InGraph(torch.autograd.Function):
         clean, adv, teacher = ctx.saved_tensors
         d_clean, d_adv = plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency)
         weight = (w_guidance + w_consistency).unsqueeze(1)
-        return _bound_to(clean, d_clean, weight), _bound_to(adv, d_adv, weight), None, None
+        return _bound_to(clean, d_clean, w_consistency.unsqueeze(1)), _bound_to(adv, d_adv, weight), None, None
 
 
 def _bound_to(logits: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def _is_differentiated(upstream: Upstream) -> bool:
     """Whether a backward pass is to be differentiated itself, or is mapped over many upstream gradients."""
     return (
         torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
+        or _transformed()
         or any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstream)
     )
 
@@ -130,7 +132,7 @@ def _differentiable_backward(problem: Problem, upstream: Upstream, needed: tuple
     with torch.enable_grad():
         # Views: if one of the two depends on the other, each gradient must still be the partial one.
         clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
-        out = plain.forward(problem._replace(clean=clean, adv=adv, teacher=problem.teacher.detach()), True, needed)
+        out = plain.forward(problem._replace(clean=clean, adv=adv), True, needed)
     values = (out.guidance, out.consistency) if out.loss is None else (out.loss,)
     used = [(value, u) for value, u in zip(values, upstream, strict=True) if value is not None and u is not None]
     found = torch.autograd.grad(
@@ -138,7 +140,7 @@ def _differentiable_backward(problem: Problem, upstream: Upstream, needed: tuple
         [x for x, need in zip((clean, adv), needed, strict=False) if need],
         [u for _, u in used],
         create_graph=torch.is_grad_enabled(),
-        allow_unused=True,  # of the guidance alone, the clean logits are
+        materialize_grads=True,  # of the guidance alone, the clean logits get zeros
     )
     gradients = iter(found)
     return next(gradients) if needed[0] else None, next(gradients) if needed[1] else None

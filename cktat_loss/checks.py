@@ -16,13 +16,13 @@ from cktat_loss import kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_NEEDS = "it needs Triton and a CUDA or ROCm GPU; use 'auto' or 'torch'"
-SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-149, (2 - 2.0**-23) * 2.0**127
+HALF_OF_THE_SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-150, (2 - 2.0**-23) * 2.0**127
 
 
 def tau(value: float) -> float:
     """A temperature, as a float."""
     value = number("tau", value)
-    if not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:
+    if not HALF_OF_THE_SMALLEST_FLOAT32 < value <= LARGEST_FLOAT32:
         raise ValueError(f"tau must be finite, > 0 and not 0 in float32, got {value}")
     return value
 
@@ -90,13 +90,17 @@ def one_logits(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor of logits (N, C), got {got}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(x)}")
-    if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{name} must be a dense tensor (N, C), got {describe(x)}")
+    dense(name, x, "(N, C)")
     if x.ndim != 2:
         hint = ": pass logits.movedim(1, -1).flatten(0, -2)" if x.ndim > 2 else ""
         raise ValueError(f"{name} must have shape (N, C), got {describe(x)}{hint}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one class, got {describe(x)}")
+
+
+def dense(name: str, x: Tensor, shape: str) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor {shape}, got {describe(x)}")
 
 
 def labels(y: Tensor, of: Tensor) -> None:
@@ -105,6 +109,7 @@ def labels(y: Tensor, of: Tensor) -> None:
         raise TypeError(f"y must be a tensor of labels (N,), got {describe(y)}")
     if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"y must be an integer tensor, got {describe(y)}")
+    dense("y", y, "(N,)")
     if y.shape != of.shape[:1]:
         raise ValueError(f"y must have shape ({of.shape[0]},), a label for each sample, got {describe(y)}")
     if y.device != of.device:
@@ -129,6 +134,7 @@ def sample_weights(value: float | Tensor, of: Tensor, y: Tensor | None = None) -
         raise TypeError(f"beta must be a number where y gives the weights of the samples, got {describe(value)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"beta must be a number or a floating tensor, got {describe(value)}")
+    dense("beta", value, "() or (N,)")
     if value.device != of.device:
         raise ValueError(f"beta must be on the device of the logits, {of.device}, got {describe(value)}")
     n = of.shape[0]

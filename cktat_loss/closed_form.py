@@ -56,14 +56,14 @@ class _Divergences(NamedTuple):
 
 def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
     """As ``plain.forward``, with the gradients of the rows' sum, not cast. Those of "terms" are left for later."""
-    if problem.reduction == "terms":
-        rows = _rows(problem, None, (False, False))
-        # Copies, not two views of one tensor, which autograd would guard against changes.
-        return Pass(None, rows.guidance.clone(), rows.consistency.clone())
-    rows = _rows(problem, None, needed)
-    loss = plain.reduced(rows.guidance, rows.consistency, rows.beta, problem.reduction)
-    guidance, consistency = (rows.guidance, rows.consistency) if return_terms else (None, None)
-    return Pass(loss, guidance, consistency, (rows.d_clean, rows.d_adv))
+    only_terms = problem.reduction == "terms"
+    rows = _rows(problem, None, (False, False) if only_terms else needed)
+    loss = None if only_terms else plain.reduced(rows.guidance, rows.consistency, rows.beta, problem.reduction)
+    held = None if only_terms else (rows.d_clean, rows.d_adv)
+    if not return_terms:
+        return Pass(loss, None, None, held)
+    # Copies, not two views of one tensor, which autograd would guard against changes.
+    return Pass(loss, rows.guidance.clone(), rows.consistency.clone(), held)
 
 
 def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:

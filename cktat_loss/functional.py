@@ -81,18 +81,19 @@ def cktat_loss(
         beta: weight of the consistency term, >= 0; or a floating tensor, 0-d or (N,), of weights, one for each sample.
             A tensor's values are never looked at, and no gradient flows to it.
         y: labels (N,), integer. They make the weight of each sample ``beta * softmax(a_i)[y_i]``, through which no
-            gradient flows: our recipe, see ``adaptive_beta``. ``beta`` is a number then. On a GPU,
-            where looking would wait for the device, a label that is no class gives NaN for its sample.
+            gradient flows: our recipe, see ``adaptive_beta``. ``beta`` is a number then. Where looking would wait for
+            a device or stop a compiler, a label that is no class gives NaN for its sample.
         reduction: "mean" over the batch (torch's "batchmean"), "sum", or "none".
         detach_clean: stop the gradient through ``clean_logits``. Not the paper's form, but often needed: without an
             anchor on clean inputs, a large beta can pull the student to a constant prediction.
         return_terms: return both terms too, detached, from the same pass: for a log.
-        backend: "auto" takes the Triton kernels where they can run and the closed form elsewhere; "triton" and
-            "torch" insist on one. Under torch.compile all are plain ops that the compiler fuses.
+        backend: "auto" takes the Triton kernels where they can run and PyTorch elsewhere; "triton" and "torch" insist
+            on one. Under torch.compile and torch.func all are plain ops.
 
     Shape:
         All logits (N, C) with C >= 1, in float16, bfloat16, float32 or float64, mixed as autocast makes them. An empty
-        batch gives NaN for "mean" and 0 for "sum", as in torch. A logit of -inf masks its class.
+        batch gives NaN for "mean" and 0 for "sum", as in torch. A logit of -inf masks its class; if it does in the
+        adversarial logits alone, the loss is infinite, or NaN where the sample's weight is 0.
 
     Returns:
         A scalar, or (N,) for "none": float32, or float64 where any of the logits is. Gradients have the dtype of
@@ -101,7 +102,7 @@ def cktat_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value; on the CPU a label that is no class.
+        ValueError: a wrong shape, device or value; on an eager CPU a label that is no class.
         RuntimeError: ``backend="triton"`` where it cannot run.
 
     Examples:
@@ -122,7 +123,7 @@ def cktat_loss(
     checks.flag("detach_clean", detach_clean)
     checks.flag("return_terms", return_terms)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    problem = Problem(clean, adv_logits, teacher_logits, tau, beta, y, reduction)
+    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau, beta, y, reduction)
     loss, guidance, consistency, _ = autograd.compute(problem, return_terms, backend)
     assert loss is not None
     if not return_terms:
@@ -160,7 +161,7 @@ def cktat_terms(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    problem = Problem(clean, adv_logits, teacher_logits, tau, 1.0, None, "terms")
+    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau, 1.0, None, "terms")
     _, guidance, consistency, _ = autograd.compute(problem, True, backend)
     assert guidance is not None
     assert consistency is not None

@@ -87,12 +87,8 @@ class CKTATLoss(nn.Module):
         super().__init__()
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher must be a torch.nn.Module or None, got {checks.describe(teacher)}")
-        self.tau, self.beta = tau, beta
-        self.adaptive = checks.flag("adaptive", adaptive)
-        self.reduction, self.backend = reduction, backend
-        checks.reduction(reduction)
-        checks.backend(backend)
-        self.detach_clean = checks.flag("detach_clean", detach_clean)
+        self.tau, self.beta, self.adaptive = tau, beta, adaptive
+        self.reduction, self.detach_clean, self.backend = reduction, detach_clean, backend
         if checks.flag("copy_teacher", copy_teacher) and teacher is not None:
             teacher = _frozen_copy(teacher)
         # Past nn.Module's own bookkeeping: what it registers, it trains, saves and counts as parameters.
@@ -107,10 +103,10 @@ class CKTATLoss(nn.Module):
         # Here, since nn.Module would take a module or a parameter for a child to train before anyone could refuse it.
         if name == "teacher":
             raise AttributeError("teacher cannot be assigned: make a new criterion")
-        if name == "tau":
-            value = checks.tau(value)
-        elif name == "beta":
-            value = checks.beta(value)
+        if name in ("adaptive", "detach_clean"):
+            value = checks.flag(name, value)
+        elif name in ("tau", "beta", "reduction", "backend"):
+            value = getattr(checks, name)(value)
         super().__setattr__(name, value)
 
     def forward(

@@ -28,7 +28,7 @@ ENTRIES = (
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The model itself, without the wrappers around it, nested in any order."""
-    inner = module.module if isinstance(module, WRAPPERS) else module._modules.get("_orig_mod")
+    inner = module.module if isinstance(module, WRAPPERS) else getattr(module, "_orig_mod", None)
     return module if inner is None else unwrap(inner)
 
 

@@ -16,7 +16,8 @@ def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
 
     Args:
         adv_logits: student on adversarial inputs, (N, C), floating.
-        y: labels, (N,), integer, in [0, C). On a GPU, where looking would wait for the device, another value gives NaN.
+        y: labels, (N,), integer, in [0, C). Where looking would wait for a device or stop a compiler, another value
+            gives NaN for its sample.
         beta: the largest weight, finite and >= 0.
 
     Returns:
@@ -24,7 +25,7 @@ def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value; on the CPU a label that is no class.
+        ValueError: a wrong shape, device or value; on an eager CPU a label that is no class.
 
     Examples:
         >>> import torch

@@ -138,7 +138,9 @@ class Inputs:
         n, classes = clean.shape
         clean, adv, teacher = readable(clean), readable(adv), readable(teacher)
         if y is not None:
-            y = y.contiguous()
+            y = y.resolve_neg().contiguous()
+        if isinstance(beta, Tensor):
+            beta = beta.resolve_neg()
         self.n, self.args = n, (clean, adv, teacher, n, tau, beta, y)
         strides = (clean.stride(0), adv.stride(0), teacher.stride(0)) if n > 1 else (classes, classes, classes)
         self.logits = (clean.get_device(), min(n, FEW_ROWS), classes, (clean.dtype, adv.dtype, teacher.dtype), strides)
@@ -164,13 +166,9 @@ class Inputs:
                     made.launch(*args)
 
 
-Held = tuple[Inputs, Tensor | None, Tensor | None]
-
-
 def readable(logits: Tensor) -> Tensor:
     """With columns side by side, and not negative in name alone."""
-    if logits.is_neg():
-        logits = logits.resolve_neg()
+    logits = logits.resolve_neg()
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
@@ -216,10 +214,10 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
     inputs.launch(1.0, None, (loss, guidance, consistency, d_clean, d_adv), made)
     if loss is not None and is_reduced and programs != 1:
         loss = loss.sum() if n or reduction == "sum" else loss.mean()  # of nothing: torch's own NaN
-    return Pass(loss, guidance, consistency, (inputs, d_clean, d_adv))
+    return Pass(loss, guidance, consistency, (d_clean, d_adv))
 
 
-def backward(problem: Problem, upstream: Upstream, held: Held | None, needed: tuple[bool, ...]) -> Gradients:
+def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:
     """As ``plain.backward``. One launch.
 
     It returns at once where the gradients held are right already, for an upstream gradient of one; else it computes
@@ -228,7 +226,9 @@ def backward(problem: Problem, upstream: Upstream, held: Held | None, needed: tu
     w_guidance, w_consistency = (
         upstream_weights(problem, upstream) if problem.reduction == "terms" else (*upstream, None)
     )
-    inputs, d_clean, d_adv = held or (Inputs(problem), None, None)
+    w_guidance, w_consistency = (w if w is None else w.resolve_neg() for w in (w_guidance, w_consistency))
+    inputs = Inputs(problem)
+    d_clean, d_adv = held or (None, None)
     are_held = d_clean is not None or d_adv is not None
     if not are_held:
         d_clean, d_adv = gradients_like(problem.clean, problem.adv, needed)

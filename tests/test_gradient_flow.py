@@ -76,6 +76,62 @@ def test_teacher_gets_none(depends: bool) -> None:
     assert adv.grad is not None
 
 
+def test_the_teachers_own_graph_is_left_alone() -> None:
+    """Two losses may share its logits, and what computes nothing else with them carries no gradient."""
+    clean, adv, leaf = logits(5, 10)
+    teacher = leaf.requires_grad_().exp().log()  # a graph that is freed by the first backward pass that walks it
+    summed(clean, adv, teacher).backward()
+    summed(clean, adv, teacher).backward()
+    assert leaf.grad is None
+    loss, terms = cktat_loss(clean.detach(), adv.detach(), teacher, TAU, BETA, return_terms=True)
+    terms += cktat_terms(clean.detach(), adv.detach(), teacher, TAU)
+    assert not any(x.requires_grad for x in (loss, *terms))
+
+
+def test_saved_tensor_hooks_are_asked() -> None:
+    """Whoever keeps copies of what is saved may change the logits before the backward pass."""
+    clean, leaf, teacher = logits(5, 10)
+    true = oracle.truth(clean, leaf, teacher, TAU, BETA)
+    adv = 1 * leaf
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x):
+        loss = summed(clean, adv, teacher)
+    with torch.no_grad():
+        adv.zero_()
+    (0.5 * loss).backward()
+    assert_gradient(leaf.grad, true, "adv", scale=0.5)
+
+
+def test_an_undefined_upstream_gradient() -> None:
+    class Ignores(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, *_: Tensor) -> None:
+            return None
+
+    clean, adv, teacher = logits(5, 10)
+    for reduction in ("mean", "none"):
+        Ignores.apply(cktat_loss(clean, adv, teacher, TAU, BETA, reduction=reduction)).sum().backward()  # type: ignore[arg-type]
+        assert adv.grad is None or (adv.grad == 0).all()
+
+
+def test_negative_views() -> None:
+    """Numbers that are negative in name alone, wherever they come in."""
+    clean, adv, teacher = logits(5, 10)
+    beta, upstream, y = torch.rand(5), torch.rand(5), torch.arange(5)
+
+    def gradients(view: bool, **options: Tensor) -> tuple[Tensor, ...]:
+        options = {name: torch._neg_view(-x) if view else x for name, x in options.items()}
+        rows = cktat_loss(clean, adv, teacher, TAU, reduction="none", **options)  # type: ignore[call-overload]
+        return torch.autograd.grad(rows, (clean, adv), torch._neg_view(-upstream) if view else upstream)
+
+    for options in ({"beta": beta}, {"y": y}):
+        for one, other in zip(gradients(True, **options), gradients(False, **options), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_guidance_has_no_gradient_for_clean() -> None:
     clean, adv, teacher = logits(5, 10)
     guidance, _ = cktat_terms(clean, adv, teacher, TAU)

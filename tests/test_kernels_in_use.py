@@ -33,7 +33,7 @@ def loss_of(*inputs: Tensor, **options: Any) -> Any:
 
 def held(loss: Tensor) -> list[Tensor | None]:
     """The gradients that the forward pass has made."""
-    return list(loss.grad_fn.held[1:])  # type: ignore[union-attr]
+    return list(loss.grad_fn.held)  # type: ignore[union-attr]
 
 
 # When.

@@ -54,6 +54,14 @@ def test_one_side_only() -> None:
     assert gradgradcheck(lambda c, a: cktat_loss(c, a, teacher, TAU, BETA, detach_clean=True), (clean.detach(), adv))
 
 
+def test_the_guidance_alone_with_a_graph() -> None:
+    clean, adv, teacher = logits()
+    guidance = cktat_terms(clean, adv, teacher, TAU).guidance.sum()
+    for create_graph in (False, True):
+        d_clean, _ = torch.autograd.grad(guidance, (clean, adv), retain_graph=True, create_graph=create_graph)
+        assert (d_clean == 0).all()
+
+
 @EACH_LOSS
 def test_a_gradient_penalty_has_no_gradient_for_the_teacher(loss: Callable[..., Tensor]) -> None:
     clean, adv, teacher = logits()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,16 @@ def test_a_part_is_stopped_with_what_it_has_started(tmp_path):
     assert outcome.state == "stopped after 5 s"
     assert outcome.printed.startswith("begun")
     child = Path("/proc", pid.read_text(), "status")
-    assert not child.exists() or "State:\tZ" in child.read_text()  # ended, if nobody has asked for its status yet
+
+    def runs() -> bool:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            return "State:\tZ" not in child.read_text()  # which has ended, if nobody has asked for its status yet
+        return False
+
+    deadline = time.monotonic() + 10  # it was killed, and dies when it is its turn
+    while runs() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs()
 
 
 @pytest.mark.parametrize(("program", "state"), [("print(6 * 7)", "good"), ("1 / 0", "failed (exit status 1)")])

@@ -151,7 +151,7 @@ def test_sigterm_to_all_processes_saves_at_the_step_and_exits_with_143(examples,
 import os, signal, sys, time
 sys.path.insert(0, {str(EXAMPLES)!r})
 import data, train
-from tests.test_resume import crop_digits
+from tests.examples.test_resume import crop_digits
 crop_digits(train)
 get, seen = data.Images.__getitem__, []
 def slowly(self, index):
@@ -292,7 +292,7 @@ def test_a_full_disk_is_told_with_its_folder_and_nothing_is_lost(examples, comma
 import resource, signal, sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import runtime, train
-from tests.test_resume import crop_digits
+from tests.examples.test_resume import crop_digits
 crop_digits(train)
 save, done = runtime.save, []
 def limited(path, content):
