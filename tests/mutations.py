@@ -129,10 +129,10 @@ TORCH = [
     Mutation("detach_clean lost", "functional",
              "test_criterion.py::test_detach_clean_stops_the_clean_gradient_and_nothing_else",
              "clean = clean_logits.detach() if detach_clean else clean_logits\n"
-             "    problem = Problem(clean, adv_logits, teacher_logits, tau, beta",
+             "    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau, beta",
              "clean = clean_logits\n    problem = Problem(clean, adv_logits, teacher_logits, tau, beta"),
-    Mutation("teacher_logits not detached", "autograd", "test_transforms.py::test_grad",
-             "problem._replace(teacher=teacher.detach())", "problem"),
+    Mutation("teacher_logits not detached", "functional", "test_gradient_flow.py::test_the_teachers_own_graph_is_left_alone",
+             "teacher_logits.detach(), tau, beta", "teacher_logits, tau, beta"),
     Mutation("held gradients used again", "autograd", f"{HELD}::test_passes_over_a_retained_graph_add_up",
              "held, ctx.held = ctx.held, None", "held = ctx.held"),
     Mutation("changes in place go unnoticed", "autograd",
@@ -152,7 +152,7 @@ TORCH = [
              "problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)", "problem.clean, problem.adv"),
     Mutation("graphs keep what the backward pass could make", "autograd",
              "test_compile.py::test_nothing_is_kept_for_the_backward_pass_but_the_logits",
-             "_InGraph.apply(clean, adv, teacher.detach(), tau)", "plain.terms(clean, adv, teacher.detach(), tau)"),
+             "_InGraph.apply(clean, adv, teacher, tau)", "plain.terms(clean, adv, teacher, tau)"),
     Mutation("weights swapped in a graph", "autograd",
              "test_compile.py::test_a_step_is_one_graph_with_the_eager_gradients",
              "ctx.tau, w_guidance, w_consistency)", "ctx.tau, w_consistency, w_guidance)"),
@@ -188,11 +188,11 @@ TORCH = [
     # Checks.
     Mutation("shapes not checked", "checks", "test_bad_input.py::test_refused", "if x.shape != shape:", "if False:"),
     Mutation("tau not checked", "checks", "test_criterion.py::test_bad_schedules_are_refused",
-             "if not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:", "if False:"),
+             "if not HALF_OF_THE_SMALLEST_FLOAT32 < value <= LARGEST_FLOAT32:", "if False:"),
     Mutation("beta not checked", "checks", "test_criterion.py::test_bad_schedules_are_refused",
              "if not 0 <= value <= LARGEST_FLOAT32:", "if False:"),
     Mutation("a parameter for tau", "loss", "test_criterion.py::test_bad_schedules_are_refused",
-             "value = checks.tau(value)", "pass"),
+             "value = getattr(checks, name)(value)", "pass"),
 ]
 # fmt: on
 
