@@ -130,8 +130,9 @@ TORCH = [
              "test_criterion.py::test_detach_clean_stops_the_clean_gradient_and_nothing_else",
              "clean = clean_logits.detach() if detach_clean else clean_logits\n"
              "    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau, beta",
-             "clean = clean_logits\n    problem = Problem(clean, adv_logits, teacher_logits, tau, beta"),
-    Mutation("teacher_logits not detached", "functional", "test_gradient_flow.py::test_the_teachers_own_graph_is_left_alone",
+             "clean = clean_logits\n    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau, beta"),
+    Mutation("teacher_logits not detached", "functional",
+             "test_gradient_flow.py::test_the_teachers_own_graph_is_left_alone",
              "teacher_logits.detach(), tau, beta", "teacher_logits, tau, beta"),
     Mutation("held gradients used again", "autograd", f"{HELD}::test_passes_over_a_retained_graph_add_up",
              "held, ctx.held = ctx.held, None", "held = ctx.held"),
