@@ -14,11 +14,13 @@ from cktat_loss.plain import Gradients, Pass, Problem, Upstream
 
 def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
     """The loss or both terms, differentiable in ``clean`` and ``adv`` as often as asked. The teacher is detached."""
+    if problem.teacher.requires_grad or _transformed():
+        problem = problem._replace(teacher=problem.teacher.detach())
     clean, adv, teacher, tau, beta, y, reduction = problem
     if _transformed():  # derivatives and maps of any kind, by plain ops alone
         return plain.forward(problem, return_terms, (True, True))
     if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
-        guidance, consistency = _InGraph.apply(clean, adv, teacher, tau)
+        guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
         return plain.from_terms(problem, guidance, consistency, return_terms)
     chosen = _choose(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
@@ -57,7 +59,7 @@ class _Loss(torch.autograd.Function):
         tau, number, reduction = ctx.others
         problem = Problem(clean, adv, teacher, tau, number if beta is None else beta, y, reduction)
         upstream = upstream[1:] if reduction == "terms" else upstream[:1]
-        if not any(isinstance(u, Tensor) for u in upstream):  # what was made of the loss has no gradient for it
+        if upstream[0] is None and upstream[-1] is None:  # what was made of the loss has no gradient for it
             return (None,) * 9
         if _is_differentiated(upstream):
             gradients = _differentiable_backward(problem, upstream, ctx.needs_input_grad)

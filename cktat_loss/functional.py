@@ -123,7 +123,7 @@ def cktat_loss(
     checks.flag("detach_clean", detach_clean)
     checks.flag("return_terms", return_terms)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau, beta, y, reduction)
+    problem = Problem(clean, adv_logits, teacher_logits, tau, beta, y, reduction)
     loss, guidance, consistency, _ = autograd.compute(problem, return_terms, backend)
     assert loss is not None
     if not return_terms:
@@ -161,7 +161,7 @@ def cktat_terms(
     checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau, 1.0, None, "terms")
+    problem = Problem(clean, adv_logits, teacher_logits, tau, 1.0, None, "terms")
     _, guidance, consistency, _ = autograd.compute(problem, True, backend)
     assert guidance is not None
     assert consistency is not None

@@ -134,52 +134,46 @@ class Inputs:
     """A problem as the kernels take it, and its kind."""
 
     def __init__(self, problem: Problem) -> None:
-        clean, adv, teacher, tau, beta, y, self.reduction = problem
+        clean, adv, teacher, tau, beta, y, _ = problem
         n, classes = clean.shape
         clean, adv, teacher = readable(clean), readable(adv), readable(teacher)
+        beta, beta_kind, pointers = operand(beta)
+        y_kind = None
         if y is not None:
-            y = y.resolve_neg().contiguous()
-        if isinstance(beta, Tensor):
-            beta = beta.resolve_neg()
+            y, y_kind, pointer = operand(y.contiguous())
+            pointers |= pointer
         self.n, self.args = n, (clean, adv, teacher, n, tau, beta, y)
         strides = (clean.stride(0), adv.stride(0), teacher.stride(0)) if n > 1 else (classes, classes, classes)
         self.logits = (clean.get_device(), min(n, FEW_ROWS), classes, (clean.dtype, adv.dtype, teacher.dtype), strides)
-        self.operands = (kind(beta), kind(y))
-        self.pointers = clean.data_ptr() | adv.data_ptr() | teacher.data_ptr() | pointer(beta) | pointer(y)
+        self.operands = (beta_kind, y_kind)
+        self.pointers = pointers | clean.data_ptr() | adv.data_ptr() | teacher.data_ptr()
 
-    def launch(
-        self,
-        w_guidance: float | Tensor | None,
-        w_consistency: Tensor | None,
-        outputs: tuple[Tensor | None, ...],
-        made: Plan,
-    ) -> None:
-        """Fill the outputs: loss, guidance, consistency, d_clean, d_adv."""
+    def launch(self, made: Plan, pointers: int, *others: Any) -> None:
+        """With the upstream weights, and the outputs to fill: loss, guidance, consistency, d_clean, d_adv."""
         if programs := -(-self.n // made.rows):
-            aligned = not (self.pointers | pointer(w_guidance) | pointer(w_consistency)) % 16 and self.n < 1 << 31
-            args: tuple[Any, ...] = (programs, aligned, *self.args, w_guidance, w_consistency, *outputs)
+            aligned = not (self.pointers | pointers) % 16 and self.n < 1 << 31
             device = self.logits[0]
             if device < 0 or device == torch.cuda.current_device():
-                made.launch(*args)
+                made.launch(programs, aligned, *self.args, *others)
             else:
                 with torch.cuda.device(device):
-                    made.launch(*args)
+                    made.launch(programs, aligned, *self.args, *others)
 
 
 def readable(logits: Tensor) -> Tensor:
     """With columns side by side, and not negative in name alone."""
-    logits = logits.resolve_neg()
+    if logits.is_neg():
+        logits = logits.resolve_neg()
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def kind(operand: float | Tensor | None) -> Kind:
-    if not isinstance(operand, Tensor):
-        return None
-    return operand.stride(0) if operand.ndim else 0, operand.dtype
-
-
-def pointer(operand: float | Tensor | None) -> int:
-    return operand.data_ptr() if isinstance(operand, Tensor) else 0
+def operand(value: Any) -> tuple[Any, Kind, int]:
+    """A number or None as it is; a tensor, its stride and dtype, and where it lies."""
+    if not isinstance(value, Tensor):
+        return value, None, 0
+    if value.is_neg():
+        value = value.resolve_neg()
+    return value, (value.stride(0) if value.ndim else 0, value.dtype), value.data_ptr()
 
 
 def gradients_like(clean: Tensor, adv: Tensor, needed: tuple[bool, ...]) -> Gradients:
@@ -211,7 +205,7 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
         size = n if reduction == "none" else programs
         loss = clean.new_empty(() if is_reduced and programs == 1 else size, dtype=torch.float32)
     d_clean, d_adv = gradients_like(clean, adv, now)
-    inputs.launch(1.0, None, (loss, guidance, consistency, d_clean, d_adv), made)
+    inputs.launch(made, 0, 1.0, None, loss, guidance, consistency, d_clean, d_adv)
     if loss is not None and is_reduced and programs != 1:
         loss = loss.sum() if n or reduction == "sum" else loss.mean()  # of nothing: torch's own NaN
     return Pass(loss, guidance, consistency, (d_clean, d_adv))
@@ -223,18 +217,16 @@ def backward(problem: Problem, upstream: Upstream, held: Gradients | None, neede
     It returns at once where the gradients held are right already, for an upstream gradient of one; else it computes
     them anew, scaled before the cast, into the same memory.
     """
-    w_guidance, w_consistency = (
-        upstream_weights(problem, upstream) if problem.reduction == "terms" else (*upstream, None)
-    )
-    w_guidance, w_consistency = (w if w is None else w.resolve_neg() for w in (w_guidance, w_consistency))
-    inputs = Inputs(problem)
+    both = upstream_weights(problem, upstream) if problem.reduction == "terms" else (*upstream, None)
+    (w_guidance, kind_g, pointer_g), (w_consistency, kind_c, pointer_c) = map(operand, both)
     d_clean, d_adv = held or (None, None)
     are_held = d_clean is not None or d_adv is not None
     if not are_held:
         d_clean, d_adv = gradients_like(problem.clean, problem.adv, needed)
-    operands = (*inputs.operands, kind(w_guidance), kind(w_consistency))
-    made = plan(*inputs.logits, operands, problem.reduction, (d_clean is not None, d_adv is not None), are_held)
-    inputs.launch(w_guidance, w_consistency, (None, None, None, d_clean, d_adv), made)
+    inputs = Inputs(problem)
+    outputs = (d_clean is not None, d_adv is not None)
+    made = plan(*inputs.logits, (*inputs.operands, kind_g, kind_c), problem.reduction, outputs, are_held)
+    inputs.launch(made, pointer_g | pointer_c, w_guidance, w_consistency, None, None, None, d_clean, d_adv)
     return d_clean, d_adv
 
 
