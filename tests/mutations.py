@@ -146,7 +146,8 @@ TORCH = [
              "ctx.mark_non_differentiable(out.guidance, out.consistency)", "pass"),
     Mutation("returned terms have a gradient, plain", "plain", "test_compile.py::test_terms_come_with_the_loss",
              "Pass(loss, guidance.detach(), consistency.detach())", "Pass(loss, guidance, consistency)"),
-    Mutation("second derivatives cut off", "autograd", "test_second_derivatives.py::test_gradgradcheck_of_the_loss",
+    # In float32: the plain ops of float64 can be differentiated once more as they are.
+    Mutation("second derivatives cut off", "autograd", "test_second_derivatives.py::test_hessian",
              "        torch.is_grad_enabled()\n        or", "        False\n        or"),
     Mutation("clean and adv not told apart", "autograd",
              "test_gradient_flow.py::test_adversarial_logits_that_depend_on_clean_ones",
