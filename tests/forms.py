@@ -54,7 +54,8 @@ def loss_of_rows(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: 
 
 def loss_of_terms(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Beta, y: Tensor | None) -> Tensor:
     guidance, consistency = functional.cktat_terms(clean, adv, teacher, tau)
-    weights = beta if y is None else adaptive_beta(adv, y, beta)  # type: ignore[arg-type]
+    # Of float32 logits alone the weights would be float32, beside float64 of the others.
+    weights = beta if y is None else adaptive_beta(adv.to(guidance.dtype), y, beta)  # type: ignore[arg-type]
     return guidance + (weights.to(guidance.dtype) if isinstance(weights, Tensor) else weights) * consistency
 
 
