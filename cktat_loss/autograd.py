@@ -14,10 +14,11 @@ from cktat_loss.plain import Gradients, Pass, Problem, Upstream
 
 def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
     """The loss or both terms, differentiable in ``clean`` and ``adv`` as often as asked. The teacher is detached."""
-    if problem.teacher.requires_grad or _transformed():
+    transformed = _transformed()
+    if transformed or problem.teacher.requires_grad:
         problem = problem._replace(teacher=problem.teacher.detach())
     clean, adv, teacher, tau, beta, y, reduction = problem
-    if _transformed():  # derivatives and maps of any kind, by plain ops alone
+    if transformed:  # derivatives and maps of any kind, by plain ops alone
         return plain.forward(problem, return_terms, (True, True))
     if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
         guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
