@@ -138,7 +138,19 @@ def train_epoch(state: State, method: Method) -> None:
             if config.save_every and state.batch % config.save_every == 0:
                 save_last(state)
     if state.ranks.any(not state.sums[0].isfinite().item()):
-        raise Diverged(f"the loss is not a finite number in epoch {state.epoch + 1}: try a smaller --lr")
+        raise Diverged(f"the loss is not a finite number in epoch {state.epoch + 1}: {advice(state, method)}")
+
+
+@torch.no_grad()
+def advice(state: State, method: Method) -> str:
+    """Against a loss that is not finite. The teacher may be at fault: in float16 large logits overflow."""
+    if isinstance(method, CKTAT):
+        x, _ = next(iter(batches(state, train=False)))
+        with state.autocast():
+            logits = method.criterion.teacher(x.to(state.ranks.device))
+        if not logits.isfinite().all():
+            return "the teacher's logits are not finite either; look at --teacher, and at --amp"
+    return "try a smaller --lr"
 
 
 def train_step(state: State, method: Method, x: Tensor, y: Tensor, *, eps: float = 0.0, beta: float = 0.0) -> Terms:
@@ -759,7 +771,7 @@ RECIPES = {  # how the two terms of CKTAT are balanced
 VALIDATION = {"digits": 200, "mnist5k": 500, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
 
 _OF_CKTAT = ("recipe", "tau", "detach_clean", "adaptive_beta", "no_guidance", "no_consistency")
-_OF_ATTACKS = ("eps", "step_size", "eps_ramp", "awp", "two_forwards", "beta", "beta_ramp")
+_OF_ATTACKS = ("norm", "eps", "step_size", "steps", "eps_ramp", "awp", "two_forwards", "beta", "beta_ramp")
 NOT_FOR = {
     "clean": (*_OF_CKTAT, *_OF_ATTACKS, "teacher", "no_warm_start"),
     "cktat": (),
@@ -809,7 +821,8 @@ def _check(config: Config) -> None:
         if wrong:
             raise UserError(f"--{name.replace('_', '-')}: {why}")
 
-    given = {name for name, value in asdict(config).items() if value not in (None, False, 0)}
+    usual = asdict(Config())
+    given = {name for name, value in asdict(config).items() if value not in (None, False, 0, usual[name])}
     for name in NOT_FOR[config.method]:
         refuse(name in given, name, f"is not for --method {config.method}")
     needs_teacher = config.method == "cktat" and not config.teacher

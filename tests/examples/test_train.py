@@ -506,6 +506,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(examples, train, monkeypatch, ca
     assert "error: the loss is not a finite number in epoch 1" in capsys.readouterr().err
 
 
+def test_a_teacher_whose_logits_are_not_finite_is_looked_at_first(examples, train, teacher, tmp_path, capsys):
+    state = examples.runtime.load(teacher / "best.pt")
+    state["model"]["net.4.weight"].fill_(3e38)  # finite, unlike what it makes of any image
+    examples.runtime.save(tmp_path / "best.pt", state)
+    with pytest.raises(AssertionError):
+        train("--teacher", str(tmp_path))
+    assert "error: the loss is not a finite number in epoch 1: the teacher's logits" in capsys.readouterr().err
+
+
 def test_tensorboard_gets_what_the_csv_gets(examples, train, monkeypatch):
     written = {}
     writer = types.SimpleNamespace(
@@ -554,6 +563,7 @@ def test_help_explains_every_option_with_its_default(examples, capsys, monkeypat
         (["--teacher", "t", "--no-consistency", "--beta", "3"], "--beta: weighs what --no-consistency leaves out"),
         (["--teacher", "t", "--no-consistency", "--beta-ramp", "0.5"], "--beta-ramp: weighs what --no-consistency"),
         (["--method", "clean"], "--eps: is not for --method clean"),
+        (["--method", "clean", "--norm", "l2"], "--norm: is not for --method clean"),
         (["--method", "trades", "--no-warm-start"], "--no-warm-start: needs --teacher"),
         (["--method", "pgd-at", "--schedule", "cosine", "--lr-drops", "1"], "--lr-drops: is for --schedule piecewise"),
         (["--method", "pgd-at", "--eps", "8"], "got 8: pixels are in [0, 1], so write 8/255"),
