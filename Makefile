@@ -6,10 +6,11 @@ VENV ?= .venv
 PIN ?=
 RUN := $(VENV)/bin/python
 
-# The oldest torch that pyproject.toml promises, and a Python that it has wheels for.
-FLOOR := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject.toml)
-FLOOR_PYTHON ?= python3.10
+# Every Python from 3.10 on that is found: one that is on the PATH may still not run, as pyenv's may not.
 PYTHONS = $(foreach minor,10 11 12 13 14 15,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
+# The oldest torch that pyproject.toml promises; the oldest Python has wheels of it.
+FLOOR := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject.toml)
+FLOOR_PYTHON ?= $(or $(firstword $(PYTHONS)),$(PYTHON))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo study test test-fast test-library test-torch test-triton test-floor test-versions lint docs mutants \

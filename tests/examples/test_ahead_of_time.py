@@ -22,17 +22,16 @@ pytestmark = pytest.mark.skipif(launch.interprets(), reason="TRITON_INTERPRET is
 WARPS_ON_SM = 12
 VGPRS = 128  # four waves on each of an AMD compute unit's SIMDs
 
-# float16 differs from bfloat16 in its conversions alone: one target stands for all.
+# Forward and backward of training, and the forward pass with the most operands.
+BOTH_WAYS = ("training", "backward", "recipe")
+# float16 differs from bfloat16 in its conversions alone, one target from another in what these calls show.
 PLAIN = [
     Variant(target, call, dtype, c)
     for target in TARGETS
     for c in CLASSES
-    for call in CALLS
-    for dtype in DTYPES
-    if dtype != "float16" or target == "sm_90"
+    for call in (CALLS if target == "sm_90" else BOTH_WAYS)
+    for dtype in (DTYPES if target == "sm_90" else DTYPES[:2])
 ]
-# Forward and backward of training, and the forward pass with the most operands.
-BOTH_WAYS = ("training", "backward", "recipe")
 LONGEST_ROWS = [Variant("sm_90", call, dtype, launch.ROWS_UP_TO) for call in BOTH_WAYS for dtype in DTYPES[:2]]
 # From 2 GiB on, Triton addresses AMD memory in another way.
 LARGE = [Variant("gfx942", call, "float32", c, rows=2**20) for call in BOTH_WAYS for c in (1000, 21841)]
