@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from benchmarks import markdown
 from benchmarks.ahead_of_time import (
     CALLS,
     CLASSES,
@@ -106,11 +107,6 @@ def step_cost(name: str, calls: Mapping[str, Built]) -> Cost:
     return calls["training"].cost + (Cost(1, 1, 4) if returns else backward.cost)  # it looks at the upstream gradient
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
-
-
 def slashed(cells: Iterable[object]) -> str:
     """Cells in the order of the classes or dtypes, as one; equal ones once."""
     texts = [str(cell) for cell in cells]
@@ -135,7 +131,7 @@ def traffic_table(chosen: Selection, built: Mapping[Variant, Built], eager: Eage
         lines.append([name, launches, moves, *map(slashed, times)])
     head = ["", "launches", "moves", *(f"us on an H100, {dtype}" for dtype in chosen.dtypes)]
     title = f"### One step: N = {chosen.rows}, C = {' / '.join(map(str, chosen.classes))}\n\n"
-    return title + table(head, lines)
+    return title + markdown.table(head, lines)
 
 
 def target_table(chosen: Selection, built: Mapping[Variant, Built], target: str) -> str:
@@ -154,7 +150,7 @@ def target_table(chosen: Selection, built: Mapping[Variant, Built], target: str)
             slashed(m.shared for m in machines), slashed(widths(m.loads) for m in machines),
             slashed(widths(m.stores) for m in machines), slashed(m.instructions for m in machines),
         ])  # fmt: skip
-    return f"### {target} in full: {' / '.join(chosen.dtypes)}\n\n" + table(head, lines)
+    return f"### {target} in full: {' / '.join(chosen.dtypes)}\n\n" + markdown.table(head, lines)
 
 
 def worst_table(built: Mapping[Variant, Built]) -> str:
@@ -175,7 +171,7 @@ def worst_table(built: Mapping[Variant, Built]) -> str:
         "architecture", "C", "registers", "warps on an SM", "spills", "local bytes", "kernels with narrow access",
         "shared", "instructions",
     ]  # fmt: skip
-    return "### Every architecture: the worst of all calls and dtypes\n\n" + table(head, lines)
+    return "### Every architecture: the worst of all calls and dtypes\n\n" + markdown.table(head, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
