@@ -1,5 +1,5 @@
-# Everything runs in one virtual environment. Each target installs its own extra of pyproject.toml there, once, beside
-# what other targets have installed. ARGS passes options through.
+# Everything but the documentation runs in one virtual environment. Each target installs its own extra of pyproject.toml
+# there, once, beside what other targets have installed. ARGS passes options through.
 PYTHON ?= python3
 VENV ?= .venv
 # Versions to hold an environment to: make test-floor says the oldest torch.
@@ -55,8 +55,8 @@ lint: $(VENV)/.test  ## ruff and mypy --strict
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-docs: $(VENV)/.docs  ## the documentation as a site that needs no network: site/index.html
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+docs: $(VENV)-docs/.done  ## the documentation as a site that needs no network: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 mutants: $(VENV)/.test  ## break the library in named ways, and see a named test fail for each
 	$(RUN) tests/mutations.py $(ARGS)
@@ -75,9 +75,10 @@ $(VENV)/.%: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[$*]" $(PIN)
 	touch $@
 
-# The documentation is read from the sources, so it needs no torch.
-$(VENV)/.docs: docs/requirements.txt | $(RUN)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r $<
+# The documentation is read from the sources: it needs no torch, and torchattacks would hold it to an old requests.
+$(VENV)-docs/.done: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 $(RUN):
