@@ -112,8 +112,8 @@ def _choose(backend: str, *logits: Tensor) -> ModuleType:
 
 
 def _transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is at work. Private names, the same since 2.0."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether a torch.func transform or forward-mode differentiation is at work. A private name, the same since 2.0."""
+    return plain.transformed() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _savable(x: Tensor) -> Tensor:
@@ -122,7 +122,10 @@ def _savable(x: Tensor) -> Tensor:
 
 
 def _is_differentiated(upstream: Upstream) -> bool:
-    """Whether a backward pass is to be differentiated itself, or is mapped over many upstream gradients."""
+    """Whether a backward pass is to be differentiated itself, or is mapped over many upstream gradients.
+
+    The mapping is that of ``autograd.grad(..., is_grads_batched=True)``. A private name, the same since torch 2.0.
+    """
     return (
         torch.is_grad_enabled()
         or _transformed()

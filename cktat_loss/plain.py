@@ -46,6 +46,11 @@ def compute_dtype(*logits: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform is at work. A private name, the same since torch 2.0."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def kl_elements(p: Tensor, d: Tensor, q: Tensor) -> Tensor:
     """The summands ``p (d + expm1(-d)) = p d + q - p`` of KL(p || q), with d = log p - log q.
 
