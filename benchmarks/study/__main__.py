@@ -103,7 +103,7 @@ def study(options: Options) -> int:
         for eps in SETTINGS[dataset].eps:
             if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
                 print(f"\n{dataset}, eps {eps:g}, validation images\n\n{table}")
-                print(tables.agreement_table(here, there, dataset, eps, "0.1.0", options.arch))
+                print(tables.agreement_table(here, there, dataset, eps, options.arch))
     for run, why in failed.items():
         print(f"failed: {run.name}: {why}", file=sys.stderr)
     return 1 if failed else 0

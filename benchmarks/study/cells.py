@@ -1,6 +1,7 @@
 """The cells of the study's tables: accuracies in %, mean ± standard deviation over seeds, and differences in points."""
 
 from collections.abc import Iterable
+from math import isnan
 from statistics import fmean
 
 import pandas as pd
@@ -25,20 +26,14 @@ def percent(shares: pd.Series) -> str:
 
 
 def signed(value: float) -> str:
-    """One decimal, always with its sign; no zero with a minus."""
+    """One decimal, always with its sign; no zero with a minus. A mean of nothing is NaN, and a dash here."""
     text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    return "0.0" if text[1:] == "0.0" else text
-
-
-def mean_of(differences: pd.Series) -> str:
-    """The mean in points, where there is any difference."""
-    known = differences.dropna()
-    return signed(fmean(known)) if len(known) else "-"
+    return "-" if isnan(value) else "0.0" if text[1:] == "0.0" else text
 
 
 def difference(found: Interval) -> str:
-    """The mean and its interval; bold where that leaves out 0."""
-    if found.low != found.low:  # NaN: there is no interval
+    """The mean and its interval, where there is one; bold where that leaves out 0."""
+    if isnan(found.low):
         return signed(found.mean)
     text = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
     return f"**{text}**" if found.clear else text
@@ -52,7 +47,7 @@ def level(comparisons: int) -> str:
 
 def named(text: str, runs: pd.DataFrame) -> str:
     """The text, and how many of the runs ended in the constant prediction: a mean over some that did says little."""
-    collapsed = int((runs["natural"] < CHANCE).sum())
+    collapsed = (runs["natural"] < CHANCE).sum()
     if not collapsed:
         return text
     return f"{text} (collapsed)" if collapsed == len(runs) else f"{text} ({collapsed} of {len(runs)} collapsed)"

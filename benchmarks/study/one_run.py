@@ -15,12 +15,12 @@ import torch
 import train
 from methods import CKTAT, Method
 from models import from_checkpoint
-from runtime import Ranks, device_of, load, read_log
+from runtime import Ranks, device_of, load, read_log, replacing
 from torch import nn
 
 from benchmarks.study import measure
 from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, SPLIT_SEED, Run
-from benchmarks.study.records import EPOCH, RUN, WHICH, frame, replace_file
+from benchmarks.study.records import EPOCH, RUN, WHICH, frame
 from benchmarks.study.variants import ChangedCKTAT, ChangedTRADES
 from cktat_loss import __version__
 
@@ -148,4 +148,5 @@ def _folder(run: Run, root: Path) -> Path:
 def _save(run: Run, root: Path, record: dict[str, Any]) -> None:
     path = root / run.name / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(record, indent=2).encode())
+    with replacing(path) as file:
+        file.write(json.dumps(record, indent=2).encode())

@@ -3,11 +3,11 @@
 Accuracies and shares are in [0, 1]; an empty cell means that it was not measured.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from runtime import replacing
 
 from benchmarks.study.grid import SETTINGS
 
@@ -53,11 +53,16 @@ def _types(columns: Iterable[str]) -> dict[str, type]:
     return {name: str if name in _TEXTS else int if name in _WHOLE else float for name in columns}
 
 
+def key(columns: Iterable[str]) -> list[str]:
+    """The columns of a table by which its lines are told apart and sorted."""
+    return [name for name in columns if name in (*WHICH, "epoch")]
+
+
 def frame(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> pd.DataFrame:
     """Rows as a table with these columns, sorted by what the run is."""
     table = pd.DataFrame([*rows], columns=[*columns]).astype(_types(columns))
     table["eps"] = table["eps"].map("{:.6g}".format).astype(float)  # as it comes back from a CSV: 8/255 has no end
-    return table.sort_values([name for name in (*WHICH, "epoch") if name in columns], ignore_index=True)
+    return table.sort_values(key(columns), ignore_index=True)
 
 
 def read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -70,22 +75,13 @@ def read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     table = pd.read_csv(path, dtype=_types(columns))
     if [*table.columns] != [*columns]:
         raise ValueError(f"{path} must have the columns {', '.join(columns)}; got {', '.join(table.columns)}")
-    return table.fillna(dict.fromkeys(_TEXTS & {*columns}, ""))
+    return table
 
 
 def write(path: Path, table: pd.DataFrame) -> None:
     """The table as a CSV, floats with six digits, in one move."""
-    replace_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put the content in the file's place in one move: whatever happens, it is the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def select(records: pd.DataFrame, dataset: str, eps: float | None = None, arch: str | None = None) -> pd.DataFrame:
