@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pandas as pd
 
+from benchmarks.study.grid import SETTINGS
 from benchmarks.study.paired import LEVEL, Interval
 
 CHANCE = 0.2  # natural accuracy below which a run has collapsed: ten classes, guessed, give 0.1
@@ -57,6 +58,11 @@ def radius(eps: float) -> str:
     """As people write it: 0.2, but 8/255."""
     whole = round(255 * eps)
     return f"{whole}/255" if eps < 0.1 and f"{whole / 255:.6g}" == f"{eps:.6g}" else f"{eps:g}"
+
+
+def place(dataset: str, eps: float | None = None) -> str:
+    """A data set and a radius, its first one unless another is named."""
+    return f"{dataset}, eps {radius(SETTINGS[dataset].eps[0] if eps is None else eps)}"
 
 
 def measured(name: str, runs: pd.DataFrame) -> str:

@@ -15,7 +15,7 @@ import torch
 import train
 from methods import CKTAT, Method
 from models import from_checkpoint
-from runtime import Ranks, device_of, load, read_log, replacing
+from runtime import Ranks, UserError, device_of, load, read_log, replacing
 from torch import nn
 
 from benchmarks.study import measure
@@ -25,10 +25,6 @@ from benchmarks.study.variants import ChangedCKTAT, ChangedTRADES
 from cktat_loss import __version__
 
 RECORD = "record.json"
-
-
-class Failed(Exception):
-    """A run ended without a network."""
 
 
 def train_and_measure(run: Run, root: Path, extra: str) -> None:
@@ -41,21 +37,20 @@ def train_and_measure(run: Run, root: Path, extra: str) -> None:
         extra: options of the training command, after the study's own.
 
     Raises:
-        Failed: training ended without a network.
+        UserError: training ended without a network.
     """
     config = config_of(run, root, extra)
     if run.method != "clean":
         trained(replace(run, method="clean"), root)
     if code := train.launch(config, lambda config, teacher: method_of(run, config, teacher)):
-        raise Failed(f"{run.name}: training ended with exit code {code}")
+        raise UserError(f"{run.name}: training ended with exit code {code}")
     started, device = time.perf_counter(), device_of(config.device)
     source = trained(replace(run, method="pgd-at"), root) if run.method not in NEEDED else None
     images = train.open_data(config, Ranks(device)).validation
-    measured = measure.on_validation(trained(run, root).to(device), images, run.eps, source)
     record = {
         **asdict(run),
         **told(run.dataset, run.method, extra),
-        **measured,
+        **measure.on_validation(trained(run, root).to(device), images, run.eps, source),
         "train_seconds": sum(row["train_seconds"] for row in read_log(_folder(run, root) / "log.csv")),
         "measure_seconds": time.perf_counter() - started,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -73,7 +68,7 @@ def read_test(run: Run, root: Path, extra: str, autoattack_images: int) -> None:
     device = device_of(config.device)
     images = train.open_data(config, Ranks(device)).test
     measured = measure.on_test(trained(run, root).to(device), images, run.eps, autoattack_images)
-    _save(run, root, {**(record_of(run, root) or {}), **measured})
+    _save(run, root, {**record_of(run, root, extra), **measured})
 
 
 def config_of(run: Run, root: Path, extra: str) -> train.Config:
@@ -105,12 +100,12 @@ def trained(run: Run, root: Path) -> nn.Module:
     """The network of a run, of its last epoch.
 
     Raises:
-        Failed: it has not been trained to the end, or not at all: what began with it would be another experiment.
+        UserError: it has not been trained to the end, or not at all: what began with it would be another experiment.
     """
     path = _folder(run, root) / "last.pt"
-    state = load(path) if path.exists() else {"epoch": 0, "config": {"epochs": None}}
-    if state["epoch"] != state["config"]["epochs"]:
-        raise Failed(f"{run.name} is not trained to the end")
+    state = load(path) if path.exists() else None
+    if state is None or state["epoch"] != state["config"]["epochs"]:
+        raise UserError(f"{run.name} is not trained to the end")
     return from_checkpoint(path)
 
 
@@ -124,10 +119,23 @@ def told(dataset: str, method_name: str, extra: str) -> dict[str, str | int]:
     return {"options": options, "split_seed": config.split_seed, "epochs": config.epochs}
 
 
-def record_of(run: Run, root: Path) -> dict[str, Any] | None:
-    """What a run left, or None if it is not done."""
+def record_of(run: Run, root: Path, extra: str) -> dict[str, Any] | None:
+    """What a run left, or None if it is not done.
+
+    Raises:
+        UserError: it is the record of a run with the same name and other options.
+    """
     path = root / run.name / RECORD
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    for name, value in told(run.dataset, run.method, extra).items():
+        if record[name] != value:
+            raise UserError(
+                f"{run.name} is there already, with {name} {record[name]!r} and not {value!r}: "
+                "give the options that it was made with, or another --out"
+            )
+    return record
 
 
 def finished(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

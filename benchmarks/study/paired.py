@@ -24,9 +24,7 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def paired_differences(
-    ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, same: Iterable[str] = ()
-) -> pd.Series:
+def paired_differences(ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, same: Iterable[str] = ()) -> pd.Series:
     """One method's runs less another's, in points, run by run with the same data set, network, radius and seed.
 
     Seeds that only one of the two was run with, or measured with, say nothing about the difference and are left out.
@@ -66,5 +64,6 @@ def interval(differences: Iterable[float], comparisons: int = 1) -> Interval:
     """
     values = pd.Series(differences, dtype=float)
     if len(values) < 2 or values.std() < _SAME:
-        return Interval(values.mean())
-    return Interval(values.mean(), *ttest_1samp(values, 0).confidence_interval(1 - (1 - LEVEL) / comparisons))
+        return Interval(float(values.mean()))
+    low, high = ttest_1samp(values, 0).confidence_interval(1 - (1 - LEVEL) / comparisons)
+    return Interval(float(values.mean()), float(low), float(high))

@@ -6,7 +6,7 @@ import pandas as pd
 
 from benchmarks import markdown
 from benchmarks.study import grid
-from benchmarks.study.cells import NAMES, counts, difference, level, measured, named, percent, radius, signed
+from benchmarks.study.cells import NAMES, counts, difference, level, measured, named, percent, place, radius, signed
 from benchmarks.study.claims import MEASURES, Claim, measures
 from benchmarks.study.paired import interval, paired_differences
 from benchmarks.study.records import by_method, select
@@ -76,9 +76,7 @@ def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: s
     return compared(groups, dict.fromkeys(groups, baseline), less=f" − {against}")
 
 
-def agreement_table(
-    here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, arch: str | None = None
-) -> str:
+def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, arch: str | None = None) -> str:
     """Whether runs give the numbers of the same runs of version 0.1.0.
 
     Another processor, another release of torch or of the training loop rounds differently, and training makes another
@@ -193,8 +191,8 @@ def claims_table(records: pd.DataFrame, claims: Sequence[Claim], comparisons: in
             judged, result = True, interval(differences, comparisons)
             verdict = "yes" if result.low > 0 else "no" if result.high < 0 else "not shown"
             cells = [difference(result), verdict, str(len(differences))]
-        where = f"{claim.dataset}, eps {radius(claim.eps)}"
-        lines.append([where, f"{claim.better} > {claim.worse}", measured(claim.measure, found), *cells])
+        where, what = place(claim.dataset, claim.eps), f"{claim.better} > {claim.worse}"
+        lines.append([where, what, measured(claim.measure, found), *cells])
     head = ["where", "claim", "of", "difference", "holds", "pairs"]
     return markdown.table(head, lines) + level(comparisons) if judged else ""
 
@@ -214,11 +212,7 @@ def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
         natural, *others = [percent(runs[name]) for name in shown[dataset]]
         return [named(natural, runs), *others]
 
-    head = [
-        f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}, {measured(name, found[dataset])}"
-        for dataset, names in shown.items()
-        for name in names
-    ]
+    head = [f"{place(dataset)}, {measured(name, found[dataset])}" for dataset, names in shown.items() for name in names]
     methods = [*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]
     return markdown.table(["accuracy in %", *head, "seeds"], beside(found, methods, cells))
 
@@ -240,7 +234,7 @@ def captioned(
 ) -> str:
     """A table of each radius of a data set, or of all data sets, under its caption; without those that are empty."""
     found = {
-        f"eps {radius(eps)}" if dataset else f"{name}, eps {radius(eps)}": table(records, name, eps)
+        f"eps {radius(eps)}" if dataset else place(name, eps): table(records, name, eps)
         for name in ([dataset] if dataset else grid.SETTINGS)
         for eps in grid.SETTINGS[name].eps
     }

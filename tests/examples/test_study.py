@@ -329,7 +329,7 @@ def test_nothing_begins_with_a_network_that_is_half_trained(study, tmp_path) -> 
         if epochs:
             path.parent.mkdir(parents=True)
             torch.save({"epoch": epochs, "config": {"epochs": 2}}, path)
-        with pytest.raises(study.one_run.Failed, match=r"clean-eps0\.2-seed0 is not trained to the end"):
+        with pytest.raises(study.runtime.UserError, match=r"clean-eps0\.2-seed0 is not trained to the end"):
             study.one_run.trained(replace(RUN, method="clean"), tmp_path)
 
 
@@ -349,9 +349,9 @@ def test_taking_in_runs_loses_none(study, tmp_path) -> None:
 def test_a_process_that_dies_takes_no_other_run_along(tmp_path) -> None:
     dies, lives = "import os; os._exit(3)", f"open({str(tmp_path / 'done')!r}, 'w').close()"
     fails, done = "raise ValueError('because')", []
-    logs = {dies: "dies", lives: "lives", fails: "fails", "pass": "passes"}
+    logs = {work: tmp_path / "logs" / f"{i}.txt" for i, work in enumerate((dies, lives, fails, "pass"))}
     failed = pool.run_all(
-        exec, [[dies, lives, fails], ["pass"]], log=lambda item: tmp_path / "logs" / logs[item], jobs=1, label="",
+        exec, [[dies, lives, fails], ["pass"]], logs=logs, jobs=1, label="",
         done=lambda: done.append(1),
     )  # fmt: skip
     assert failed.keys() == {dies, fails}
@@ -422,7 +422,7 @@ def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(study, tmp_path)
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
-    assert study.one_run.record_of(replace(RUN, method="pgd-at"), tmp_path / "stopped") is None
+    assert study.one_run.record_of(replace(RUN, method="pgd-at"), tmp_path / "stopped", options) is None
     assert torch.load(log.with_name("last.pt"))["epoch"] < 30, "stopped too late to show anything"
     for folder in ("stopped", "whole"):
         assert call(*command(tmp_path / folder, "--methods", "pgd-at", options=options)).returncode == 0
