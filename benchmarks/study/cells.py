@@ -49,9 +49,8 @@ def level(comparisons: int) -> str:
 def named(text: str, runs: pd.DataFrame) -> str:
     """The text, and how many of the runs ended in the constant prediction: a mean over some that did says little."""
     collapsed = (runs["natural"] < CHANCE).sum()
-    if not collapsed:
-        return text
-    return f"{text} (collapsed)" if collapsed == len(runs) else f"{text} ({collapsed} of {len(runs)} collapsed)"
+    some = "" if collapsed == len(runs) else f"{collapsed} of {len(runs)} "
+    return f"{text} ({some}collapsed)" if collapsed else text
 
 
 def radius(eps: float) -> str:

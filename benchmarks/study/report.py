@@ -80,7 +80,7 @@ def report(results: Results, root: Path = ROOT) -> list[Path]:
         # The bytes follow from the data alone: no date and no version in them.
         figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
         contents[root / FOLDER / f"{name}.png"] = picture.getvalue()
-    for name, blocks in {"docs/study.md": study_blocks(results), "README.md": readme_blocks(results.runs)}.items():
+    for name, blocks in pages(results).items():
         contents[root / name] = with_blocks(root / name, blocks).encode()
     for path, content in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,8 +98,8 @@ def all_figures(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def study_blocks(results: Results) -> dict[str, str]:
-    """The blocks of docs/study.md. One without data says so, unless it stands below another of the same runs."""
+def pages(results: Results) -> dict[str, dict[str, str]]:
+    """The blocks of each Markdown file. One without data says so, unless it stands below another of the same runs."""
     runs, again = results.runs, results.again
     blocks = {"methods": tables.methods_table(runs)}
     for dataset, setting in grid.SETTINGS.items():
@@ -123,12 +123,8 @@ def study_blocks(results: Results) -> dict[str, str]:
         **replication_tables(results.replication, runs),
     }
     below = ("differences-", "controls-", "search-", "test-again")
-    return {name: text or ("" if name.startswith(below) else NOT_RUN) for name, text in blocks.items()}
-
-
-def readme_blocks(runs: pd.DataFrame) -> dict[str, str]:
-    """The block of README.md."""
-    return {"study": tables.compact_table(runs, FIRST) or NOT_RUN}
+    study = {name: text or ("" if name.startswith(below) else NOT_RUN) for name, text in blocks.items()}
+    return {"docs/study.md": study, "README.md": {"study": tables.compact_table(runs, FIRST) or NOT_RUN}}
 
 
 def with_blocks(path: Path, blocks: Mapping[str, str]) -> str:

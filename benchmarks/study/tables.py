@@ -31,17 +31,9 @@ def gap(measure: str) -> Column:
     return f"{NAMES[measure]} − APGD", lambda _, runs: signed(100 * (runs[measure] - runs["apgd"]).mean())
 
 
-def listing(
-    groups: Mapping[str, pd.DataFrame],
-    columns: Sequence[Column],
-    head: str = "method",
-    labels: Mapping[str, object] | None = None,
-) -> str:
-    """A line a method, by its name or a label, which says how many of its runs collapsed."""
-    lines = [
-        [named(str((labels or {}).get(method, method)), runs), *(cell(method, runs) for _, cell in columns)]
-        for method, runs in groups.items()
-    ]
+def listing(groups: Mapping[str, pd.DataFrame], columns: Sequence[Column], head: str = "method") -> str:
+    """A line a method, which says how many of its runs collapsed."""
+    lines = [[named(name, runs), *(cell(name, runs) for _, cell in columns)] for name, runs in groups.items()]
     return markdown.table([head, *(name for name, _ in columns)], lines)
 
 
@@ -134,8 +126,8 @@ def search_table(records: pd.DataFrame, dataset: str) -> str:
 def paper_table(records: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
     """The paper's Tables 3a, 3b and 3c on digits: a line a method under its label, once there are two of them."""
     groups = by_method(select(records, "digits"), labels)
-    groups = {method: groups.get(method, records[:0]) for method in labels} if len(groups) > 1 else {}
-    return listing(groups, [*more, *ACCURACIES, SEEDS], head, labels)
+    lines = {str(label): groups.get(method, records[:0]) for method, label in labels.items()}
+    return listing(lines if len(groups) > 1 else {}, [*more, *ACCURACIES, SEEDS], head)
 
 
 def beside(

@@ -523,7 +523,7 @@ def test_report_writes_what_there_is_data_for_and_the_same_bytes_again(pages, ma
         assert b"Software" not in once[name]
         assert b"tIME" not in once[name]
         assert min(image.imread(pages / name).shape[:2]) > 400
-    blocks = report.study_blocks(made_up)
+    blocks = report.pages(made_up)["docs/study.md"]
     assert [name for name, text in blocks.items() if text.startswith("Not run")] == [
         "main-mnist5k", "main-cifar10", "test", "claims", "claims-again", "agreement",
         "replication-digits", "replication-mnist5k", "replication-together",
@@ -558,11 +558,7 @@ def test_what_a_new_csv_lacks_does_not_keep_its_old_numbers(pages) -> None:
 
 @with_data
 def test_the_committed_pages_are_what_the_committed_csvs_say() -> None:
-    results = report.load()
-    for name, blocks in (
-        ("docs/study.md", report.study_blocks(results)),
-        ("README.md", report.readme_blocks(results.runs)),
-    ):
+    for name, blocks in report.pages(report.load()).items():
         text = (report.ROOT / name).read_text()
         for block, content in blocks.items():
             assert markdown.replaced(text, block, content) == text, f"{block} in {name}: make study ARGS=--report"
