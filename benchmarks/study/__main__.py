@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import train
 import tyro
 from data import MissingData
@@ -85,11 +86,12 @@ def study(options: Options) -> int:
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
     devices = set()
     for runs in grids.values():  # wrong options and missing images are known at once
-        configs = [config_of(run, options.out, options.options) for run in {run.method: run for run in runs}.values()]
-        devices |= {device_of(config.device) for config in configs}
-        train.open_data(configs[0], Ranks(device_of(configs[0].device)))
-    if options.jobs is None:
-        options.jobs = os.cpu_count() if {device.type for device in devices} == {"cpu"} else 1
+        config, *_ = [
+            config_of(run, options.out, options.options) for run in {run.method: run for run in runs}.values()
+        ]
+        devices.add(device := device_of(config.device))
+        train.open_data(config, Ranks(device))
+    options.jobs = options.jobs or (os.cpu_count() if devices == {torch.device("cpu")} else 1)
     failed: dict[Run, str] = {}
     for dataset, runs in grids.items():
         left = [run for run in runs if record_of(run, options.out, options.options) is None]

@@ -37,7 +37,7 @@ def difference(found: Interval) -> str:
     if isnan(found.low):
         return signed(found.mean)
     text = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
-    return f"**{text}**" if found.clear else text
+    return f"**{text}**" if found.low > 0 or found.high < 0 else text
 
 
 def level(comparisons: int) -> str:

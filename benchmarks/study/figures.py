@@ -77,10 +77,9 @@ def trade_off(records: pd.DataFrame, claims: Sequence[Claim]) -> Figure | None:
             (x, y), (xerr, yerr) = mean.loc[method], sd.loc[method].fillna(0)
             axes.errorbar(x, y, xerr=xerr, yerr=yerr, label=method, elinewidth=0.9, ms=6, **_look(method))
         along, up = (f"accuracy: {measured(name, runs)} images" for name in both)
-        _finish(axes, place(dataset), along)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(PERCENT)
-        axes.set_ylabel(up)
+        axes.set(title=place(dataset), xlabel=along, ylabel=up)
+        axes.xaxis.set(major_locator=MaxNLocator(5), major_formatter=PERCENT)
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.legend(fontsize=8, **OUTSIDE)
         if outside := [f"{method} {100 * x:.1f} / {100 * y:.1f}" for method, (x, y) in mean[~inside].T.items()]:
             text = f"Not shown: {', '.join(outside)}"
@@ -118,9 +117,8 @@ def errors_per_epoch(curves: pd.DataFrame, dataset: str) -> Figure | None:
         _finish(axes, f"{title}: {place(dataset)}", "epoch")
     left = figure.axes[0]
     left.set_yscale("log", nonpositive="mask")  # no error among few images is nothing to draw
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter(PERCENT)  # a new scale brings its own
-    left.yaxis.set_minor_formatter(NullFormatter())
+    # A new scale brings its own.
+    left.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=PERCENT, minor_formatter=NullFormatter())
     left.set_ylabel("error, validation images")
     figure.axes[1].legend(**OUTSIDE)
     return figure
@@ -150,10 +148,9 @@ def weights(curves: pd.DataFrame, dataset: str) -> Figure | None:
 
 
 def _finish(axes: Axes, title: str, below: str) -> None:
-    """Titles and ticks; accuracies upwards in %."""
+    """Titles and ticks: whole numbers along, accuracies in % upwards."""
     axes.set(title=title, xlabel=below)
-    if below in ("epoch", "tau", "beta"):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PERCENT)
 
 

@@ -30,14 +30,15 @@ RECORD = "record.json"
 def train_and_measure(run: Run, root: Path, extra: str) -> None:
     """Leave the record of a run in its folder. A run that had been stopped goes on where it was.
 
+    Two runs of a seed come first: "clean" makes the teacher that the others begin with, "pgd-at" the network whose
+    adversarial images they are shown.
+
     Args:
-        run: what to do. A "clean" run makes the teacher that all others of its seed begin with, and "pgd-at" the
-            network whose adversarial images they are shown: these two come first.
         root: folder of the study.
         extra: options of the training command, after the study's own.
 
     Raises:
-        UserError: training ended without a network.
+        UserError: training ended without a network, or one of the two did.
     """
     config = config_of(run, root, extra)
     if run.method != "clean":

@@ -18,11 +18,6 @@ class Interval(NamedTuple):
     low: float = math.nan  # as the other end: where there is no interval
     high: float = math.nan
 
-    @property
-    def clear(self) -> bool:
-        """Whether there is an interval and it leaves out 0."""
-        return self.low > 0 or self.high < 0
-
 
 def paired_differences(ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, same: Iterable[str] = ()) -> pd.Series:
     """One method's runs less another's, in points, run by run with the same data set, network, radius and seed.

@@ -57,8 +57,9 @@ class ChangedCKTAT(CKTAT):
             teacher_logits=teacher_logits,
         )
         weights = self.weights(adv_logits, y, beta)
-        weights = weights.mean() if self.of_batch else weights
-        per_sample = weights * (consistency if self.mixing else guidance) + (guidance if self.guidance else 0)
+        if self.of_batch:
+            weights = weights.mean()
+        per_sample = guidance + weights * (consistency if self.mixing else guidance)
         if self.normalized:
             per_sample = per_sample / (1 + weights)
         if self.mean_1:
