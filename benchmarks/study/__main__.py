@@ -12,12 +12,11 @@ Ctrl-C stops at any moment: the same command goes on, and what is finished is ne
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import train
 import tyro
 from data import MissingData
@@ -26,7 +25,7 @@ from runtime import Ranks, UserError, default, device_of, number
 from benchmarks.study import claims, pool, records, report, tables
 from benchmarks.study.cells import place
 from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, Run, grid
-from benchmarks.study.one_run import config_of, finished, read_test, record_of, train_and_measure
+from benchmarks.study.one_run import Folder
 
 
 @dataclass
@@ -81,25 +80,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def study(options: Options) -> int:
     """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
     # Runs name their teachers by their paths, and would not go on if these were spelled in another way.
-    options, grids = replace(options, out=options.out.resolve()), chosen(options)
+    folder, grids = Folder(options.out.resolve(), options.options), chosen(options)
     if options.final and not any(map(claims.claimed, grids.values())):
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
     devices = set()
     for runs in grids.values():  # wrong options and missing images are known at once
-        config, *_ = [
-            config_of(run, options.out, options.options) for run in {run.method: run for run in runs}.values()
-        ]
-        devices.add(device := device_of(config.device))
+        config, *_ = map(folder.config_of, {run.method: run for run in runs}.values())
+        device = device_of(config.device)
+        devices.add(device.type)
         train.open_data(config, Ranks(device))
-    options.jobs = options.jobs or (os.cpu_count() if devices == {torch.device("cpu")} else 1)
+    cores = os.cpu_count() or 1
+    jobs = options.jobs or (cores if devices == {"cpu"} else 1)
     failed: dict[Run, str] = {}
     for dataset, runs in grids.items():
-        left = [run for run in runs if record_of(run, options.out, options.options) is None]
-        failed |= side_by_side(train_and_measure, stages(left), f"{dataset}: train", options)
+        left = [run for run in runs if folder.record_of(run) is None]
+        failed |= side_by_side(folder.train_and_measure, stages(left), f"{dataset}: train", folder, jobs)
         if options.final:
-            work = partial(read_test, autoattack_images=options.autoattack_images)
-            failed |= side_by_side(work, [unread(runs, options)], f"{dataset}: test", options)
-    here, published = finished(options.out)[0], report.RESULTS / "runs.csv"
+            read = partial(folder.read_test, autoattack_images=options.autoattack_images)
+            left = unread(runs, folder, options.autoattack_images)
+            failed |= side_by_side(read, [left], f"{dataset}: test", folder, jobs)
+    here, published = folder.finished()["runs"], report.RESULTS / "runs.csv"
     there = records.read(published, records.RUN) if published.exists() else here[:0]  # a source distribution has none
     for dataset in grids:
         for eps in SETTINGS[dataset].eps:
@@ -128,37 +128,36 @@ def stages(runs: Sequence[Run]) -> list[list[Run]]:
     return [teachers, needed, [run for run in runs if run.method not in NEEDED]]
 
 
-def unread(runs: Sequence[Run], options: Options) -> list[Run]:
+def unread(runs: Sequence[Run], folder: Folder, autoattack_images: int) -> list[Run]:
     """Those that a claim is about and whose test images nobody has read: each is read once.
 
     Raises:
         UserError: some have been read with another number of images for AutoAttack: they would be no pairs.
     """
-    found = {run: record_of(run, options.out, options.options) for run in claims.claimed(runs)}
-    left = [run for run, record in found.items() if record and record.get("test_natural") is None]
-    counts = {record.get("test_autoattack_images") for record in found.values() if record}
-    if left and (other := counts - {None, options.autoattack_images}):
+    found = {run: record for run in claims.claimed(runs) if (record := folder.record_of(run))}
+    left = [run for run, record in found.items() if record.get("test_natural") is None]
+    others = {record.get("test_autoattack_images") for record in found.values()} - {None, autoattack_images}
+    if left and others:
         raise UserError(
-            f"--autoattack-images: must be {other.pop()}, as for the runs that have been read already; "
-            f"got {options.autoattack_images}"
+            f"--autoattack-images: must be {others.pop()}, as for the runs that have been read already; "
+            f"got {autoattack_images}"
         )
     return left
 
 
 def side_by_side(
-    work: Callable[..., None], stages: Sequence[Sequence[Run]], label: str, options: Options
+    work: Callable[[Run], None], stages: Sequence[Sequence[Run]], label: str, folder: Folder, jobs: int
 ) -> dict[Run, str]:
     """What failed of the runs, and why; after each run, the CSVs have all that is done in the folder."""
 
     def write() -> None:
-        for name, table in zip(report.CSVS, finished(options.out), strict=True):
-            records.write(options.out / f"{name}.csv", table)
+        for name, table in folder.finished().items():
+            records.write(folder.root / f"{name}.csv", table)
 
     if not any(stages):
         return {}
-    work = partial(work, root=options.out, extra=options.options)
-    logs = {run: options.out / run.name / "output.txt" for stage in stages for run in stage}
-    return pool.run_all(work, stages, logs=logs, jobs=options.jobs, label=label, done=write)
+    logs = {run: folder.root / run.name / "output.txt" for stage in stages for run in stage}
+    return pool.run_all(work, stages, logs=logs, jobs=jobs, label=label, done=write)
 
 
 if __name__ == "__main__":
