@@ -20,17 +20,17 @@ class Interval(NamedTuple):
 
 
 def paired_differences(ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, same: Iterable[str] = ()) -> pd.Series:
-    """One method's runs less another's, in points, run by run with the same data set, network, radius and seed.
+    """One method's runs less another's, in points: run by run with the same data, network, radius and seed.
 
     Seeds that only one of the two was run with, or measured with, say nothing about the difference and are left out.
 
     Args:
-        same: more columns that are the same in both runs of a pair.
+        same: what else must be the same.
 
     Raises:
-        ValueError: one of them has two runs with the same data set, network, radius and seed.
+        ValueError: a run is there twice.
     """
-    pair = ["dataset", "arch", "eps", "seed", *same]
+    pair = ["dataset", "split_seed", "arch", "eps", "seed", *same]
     if measure == "test_autoattack":  # accuracies on different images are no pair
         pair.append("test_autoattack_images")
     ours, theirs = (runs.dropna(subset=[measure]) for runs in (ours, theirs))

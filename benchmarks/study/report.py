@@ -33,46 +33,38 @@ class Results:
     replication: pd.DataFrame  # runs of 0.1.0 with another split and other seeds
 
 
-def load() -> Results:
-    """The published CSVs. The tables of a data set are of the runs of one version: of 0.1.0, where it has any.
+def csvs(folder: Path, suffix: str = "") -> dict[str, pd.DataFrame]:
+    """The runs and the curves that are in a folder."""
+    return {name: records.read(folder / f"{name}{suffix}.csv", columns) for name, columns in CSVS.items()}
 
-    Raises:
-        FileNotFoundError, ValueError: one is missing or has other columns.
-    """
-    first, again = (
-        [records.read(RESULTS / f"{name}{suffix}.csv", columns) for name, columns in CSVS.items()]
-        for suffix in ("", LATER)
-    )
+
+def load() -> Results:
+    """The published CSVs. The tables of a data set are of the runs of one version: of 0.1.0, where it has any."""
+    first, later = csvs(RESULTS), csvs(RESULTS, LATER)
     runs, curves = (
-        pd.concat([old, new[~new["dataset"].isin(old["dataset"])]], ignore_index=True)
-        for old, new in zip(first, again, strict=True)
+        pd.concat([first[name], later[name][~later[name]["dataset"].isin(first[name]["dataset"])]], ignore_index=True)
+        for name in CSVS
     )
-    replication = records.read(RESULTS / "replication.csv", records.REPLICATION)
-    return Results(runs, curves, again[0], replication)
+    return Results(runs, curves, later["runs"], records.read(RESULTS / "replication.csv", records.REPLICATION))
 
 
 def take_in(folder: Path, into: Path = RESULTS) -> None:
     """Add the CSVs that the study's command left in a folder to those of later versions than 0.1.0; no run is lost."""
-    merged = {}
+    ours, theirs = csvs(into, LATER), csvs(folder)
     for name, columns in CSVS.items():
-        path, key = into / f"{name}{LATER}.csv", records.key(columns)
-        both = [records.read(path, columns), records.read(folder / f"{name}.csv", columns)]
-        merged[path] = pd.concat(both).drop_duplicates(key, keep="last").sort_values(key, ignore_index=True)
-    for path, table in merged.items():
-        records.write(path, table)
+        key = records.key(columns)
+        both = pd.concat([ours[name], theirs[name]]).drop_duplicates(key, keep="last")
+        records.write(into / f"{name}{LATER}.csv", both.sort_values(key))
 
 
 def report(results: Results, root: Path = ROOT) -> list[Path]:
-    """Draw all figures that there is data for, and rewrite all tables: where there is no data, they say so.
+    """Draw all figures that there is data for, and rewrite all tables; return the files.
 
     Args:
-        root: has README.md and docs/study.md, with the markers of all blocks, and gets docs/study/*.png.
-
-    Returns:
-        The files written.
+        root: has README.md and docs/study.md, with the markers of all blocks.
 
     Raises:
-        ValueError: a run is there twice, or a Markdown file lacks a marker.
+        ValueError: a run is there twice, or a Markdown file lacks a marker. Nothing has been written then.
     """
     contents = {}
     for name, figure in all_figures(results.runs, results.curves).items():

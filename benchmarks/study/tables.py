@@ -1,6 +1,7 @@
 """The study's tables in Markdown, so that no number in the documentation is typed. A table of nothing is ""."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -75,15 +76,11 @@ def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: 
     network of that: the differences should be chance, and none bold.
     """
     ours, theirs = (by_method(select(records, dataset, eps, arch), SHOWN) for records in (here, there))
-    return compared(ours, theirs, head="less 0.1.0", same=("epochs", "split_seed"))
+    return compared(ours, theirs, head="less 0.1.0")
 
 
 def compared(
-    groups: Mapping[str, pd.DataFrame],
-    others: Mapping[str, pd.DataFrame],
-    head: str = "method",
-    less: str = "",
-    same: Iterable[str] = (),
+    groups: Mapping[str, pd.DataFrame], others: Mapping[str, pd.DataFrame], head: str = "method", less: str = ""
 ) -> str:
     """A line a method that has pairs with its others: the differences of natural and APGD accuracy, seed by seed.
 
@@ -91,7 +88,7 @@ def compared(
     """
     both = ("natural", "apgd")
     pairs = {
-        method: [paired_differences(runs, others.get(method, runs[:0]), measure, same) for measure in both]
+        method: [paired_differences(runs, others.get(method, runs[:0]), measure, ["epochs"]) for measure in both]
         for method, runs in groups.items()
     }
     shown = sum(len(found) > 1 for of in pairs.values() for found in of)
@@ -111,16 +108,13 @@ def search_table(records: pd.DataFrame, dataset: str) -> str:
     """
     groups = by_method(select(records, dataset), grid.METHODS)
 
-    def change(measure: str) -> Column:
-        def cell(method: str, runs: pd.DataFrame) -> str:
-            unchanged = groups.get(grid.base_of(method), runs[:0])
-            return signed(paired_differences(runs, unchanged, measure).mean())
+    def change(method: str, runs: pd.DataFrame, measure: str) -> str:
+        return signed(paired_differences(runs, groups.get(grid.base_of(method), runs[:0]), measure).mean())
 
-        return NAMES[measure], cell
-
+    changes: list[Column] = [(NAMES[measure], partial(change, measure=measure)) for measure in ("natural", "apgd")]
     less: Column = ("less", lambda method, _: grid.base_of(method))
-    columns = [ABOUT, accuracy("natural"), accuracy("apgd"), less, change("natural"), change("apgd"), gap("pgd20")]
-    return listing({name: runs for name, runs in groups.items() if name in grid.SEARCH}, [*columns, SEEDS])
+    columns = [ABOUT, accuracy("natural"), accuracy("apgd"), less, *changes, gap("pgd20"), SEEDS]
+    return listing({name: runs for name, runs in groups.items() if name in grid.SEARCH}, columns)
 
 
 def paper_table(records: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
@@ -130,31 +124,16 @@ def paper_table(records: pd.DataFrame, labels: Mapping[str, object], head: str, 
     return listing(lines if len(groups) > 1 else {}, [*more, *ACCURACIES, SEEDS], head)
 
 
-def beside(
-    tables: Mapping[str, pd.DataFrame],
-    methods: Iterable[str],
-    cells: Callable[[str, pd.DataFrame], Iterable[str]],
-    at_least: int = 1,
-) -> list[list[str]]:
-    """A line a method that so many of the tables have: cells of each table's name and runs, then how many runs."""
-    lines = []
-    for method in dict.fromkeys(methods):
-        found = {name: records[records["method"] == method] for name, records in tables.items()}
-        if sum(len(runs) > 0 for runs in found.values()) >= at_least:
-            texts = [text for name, runs in found.items() for text in cells(name, runs)]
-            lines.append([method, *texts, counts(found.values())])
-    return lines
-
-
 def capacity_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
     """The paper's Table 1: natural / APGD, a line a method that was run at two widths or more, a column a width."""
-
-    def cells(_: str, runs: pd.DataFrame) -> list[str]:
-        return [named(f"{percent(runs['natural'])} / {percent(runs['apgd'])}", runs) if len(runs) else "-"]
-
-    widths = {f"width {arch.partition('-')[2] or 16}": select(records, dataset, eps, arch) for arch in grid.WIDTHS}
-    lines = beside(widths, (*grid.CAPACITY, *grid.LARGER), cells, at_least=2)
-    return markdown.table(["method", *(f"{width}: natural / APGD" for width in widths), "seeds"], lines)
+    lines = []
+    for method, runs in by_method(records, (*grid.CAPACITY, *grid.LARGER)).items():
+        found = [select(runs, dataset, eps, arch) for arch in grid.WIDTHS]
+        if sum(len(of) > 0 for of in found) > 1:
+            both = [named(f"{percent(of['natural'])} / {percent(of['apgd'])}", of) if len(of) else "-" for of in found]
+            lines.append([method, *both, counts(found)])
+    widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
+    return markdown.table(["method", *widths, "seeds"], lines)
 
 
 def test_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
@@ -195,30 +174,34 @@ def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
     Natural accuracy and APGD on the validation images, and what the claims are of on the test images.
     """
     found = {dataset: runs for dataset in grid.SETTINGS if len(runs := select(records, dataset))}
-    shown = {
-        dataset: [name for name in ("natural", "apgd", *measures(dataset, claims)) if runs[name].notna().any()]
+    columns = [
+        (dataset, name)
         for dataset, runs in found.items()
-    }
+        for name in ("natural", "apgd", *measures(dataset, claims))
+        if runs[name].notna().any()
+    ]
 
-    def cells(dataset: str, runs: pd.DataFrame) -> list[str]:
-        natural, *others = [percent(runs[name]) for name in shown[dataset]]
-        return [named(natural, runs), *others]
+    def cell(runs: pd.DataFrame, name: str) -> str:
+        return named(percent(runs[name]), runs) if name == "natural" else percent(runs[name])
 
-    head = [f"{place(dataset)}, {measured(name, found[dataset])}" for dataset, names in shown.items() for name in names]
-    methods = [*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]
-    return markdown.table(["accuracy in %", *head, "seeds"], beside(found, methods, cells))
+    lines = []
+    for method in dict.fromkeys([*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]):
+        own = {dataset: runs[runs["method"] == method] for dataset, runs in found.items()}
+        if any(map(len, own.values())):
+            lines.append([method, *(cell(own[dataset], name) for dataset, name in columns), counts(own.values())])
+    head = [f"{place(dataset)}, {measured(name, found[dataset])}" for dataset, name in columns]
+    return markdown.table(["accuracy in %", *head, "seeds"], lines)
 
 
 def provenance(records: pd.DataFrame) -> str:
     """Epochs, split, device, versions and dates of the runs, in a line; every value that occurs."""
-
-    def all_of(column: str) -> str:
-        return ", ".join(map(str, sorted(records[column].unique())))
-
-    first, last = records["date"].min(), records["date"].max()
-    trained = f"{all_of('epochs')} epochs, split seed {all_of('split_seed')}"
-    versions = f"torch {all_of('torch')}, Python {all_of('python')}, cktat-loss {all_of('cktat_loss')}"
-    return f"{trained}; {all_of('device')}, {versions}, {first if first == last else f'{first} to {last}'}.\n"
+    columns = ("epochs", "split_seed", "device", "torch", "python", "cktat_loss")
+    every = {name: ", ".join(map(str, sorted(records[name].unique()))) for name in columns}
+    dates = " to ".join(sorted({records["date"].min(), records["date"].max()}))
+    return (
+        "{epochs} epochs, split seed {split_seed}; {device}, torch {torch}, Python {python}, cktat-loss {cktat_loss}, "
+        "{dates}.\n"
+    ).format(**every, dates=dates)
 
 
 def captioned(
