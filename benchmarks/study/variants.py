@@ -1,6 +1,7 @@
 """What the study trains with beside the methods of examples/methods.py: controls, and remedies that were tried."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,9 @@ class ChangedCKTAT(CKTAT):
         if self.one_hot:
             # At any tau: the other classes' logits are far enough below to have probability zero.
             teacher_logits = torch.zeros_like(adv_logits, dtype=torch.float32).scatter(1, y[:, None], 1e6)
-        guidance, consistency = self.criterion.terms(
-            clean_logits=adv_logits if clean_logits is None else clean_logits,
-            adv_logits=adv_logits,
-            teacher_logits=teacher_logits,
-        )
+        terms = partial(self.criterion.terms, teacher_logits=teacher_logits)
+        clean_or_adv = adv_logits if clean_logits is None else clean_logits  # without S(x) its term goes unused
+        guidance, consistency = terms(clean_logits=clean_or_adv, adv_logits=adv_logits)
         weights = self.weights(adv_logits, y, beta)
         if self.of_batch:
             weights = weights.mean()
@@ -52,9 +51,7 @@ class ChangedCKTAT(CKTAT):
         if self.mean_1:
             per_sample = per_sample / (1 + weights).mean()
         if self.clean_guidance:
-            on_clean, _ = self.criterion.terms(
-                clean_logits=clean_logits, adv_logits=clean_logits, teacher_logits=teacher_logits
-            )
+            on_clean, _ = terms(clean_logits=clean_logits, adv_logits=clean_logits)
             per_sample = per_sample + self.clean_guidance * on_clean
         if self.clean_label:
             per_sample = per_sample + self.clean_label * F.cross_entropy(clean_logits.float(), y, reduction="none")
