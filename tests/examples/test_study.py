@@ -236,7 +236,7 @@ def leave(study, root: Path, run: Run, **values) -> None:
     """The record of a run that is done."""
     path = root / run.name / "record.json"
     path.parent.mkdir(parents=True)
-    numbers = dict.fromkeys(records.RUN[8:17], 0.5)
+    numbers = dict.fromkeys([*records.RUN][8:17], 0.5)
     path.write_text(json.dumps({**asdict(run), **study.one_run.told(run.dataset, run.method, ""), **numbers, **values}))
     (path.parent / "log.csv").write_text(",".join(study.runtime.COLUMNS) + "\n")
 
