@@ -20,7 +20,7 @@ class Claim:
     eps: float
     better: str
     worse: str
-    measure: str
+    measure: str  # one of MEASURES
     seeds: range  # it is judged when all are there and, so that nobody stops where it looks good, by no others
 
     def __post_init__(self) -> None:

@@ -117,7 +117,7 @@ def errors_per_epoch(curves: pd.DataFrame, dataset: str) -> Figure | None:
         _finish(axes, f"{title}: {place(dataset)}", "epoch")
     left = figure.axes[0]
     left.set_yscale("log", nonpositive="mask")  # no error among few images is nothing to draw
-    # A new scale brings its own.
+    # The scale has brought ticks of its own.
     left.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=PERCENT, minor_formatter=NullFormatter())
     left.set_ylabel("error, validation images")
     figure.axes[1].legend(**OUTSIDE)
@@ -170,6 +170,6 @@ def _mean(epochs: pd.DataFrame, measure: str) -> pd.Series:
 def _look(method: str) -> dict[str, str | None]:
     """Of a method's points and lines, the same in every figure; those of controls are hollow."""
     control = method in grid.CONTROLS
-    place = (grid.CONTROLS if control else grid.MAIN).index(method)
-    shape = ("D" if place >= len(PALETTE) else "s") if control else "o"
-    return {"color": PALETTE[place % len(PALETTE)], "fmt": shape, "mfc": "white" if control else None}
+    index = (grid.CONTROLS if control else grid.MAIN).index(method)
+    shape = ("D" if index >= len(PALETTE) else "s") if control else "o"
+    return {"color": PALETTE[index % len(PALETTE)], "fmt": shape, "mfc": "white" if control else None}
