@@ -23,8 +23,9 @@ from data import MissingData
 from runtime import Ranks, UserError, default, device_of, number
 
 from benchmarks.study import claims, pool, records, report, tables
+from benchmarks.study.cells import place
 from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, Run, grid
-from benchmarks.study.one_run import config_of, finished, read_test, record_of, told, train_and_measure
+from benchmarks.study.one_run import Folder
 
 
 @dataclass
@@ -79,31 +80,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def study(options: Options) -> int:
     """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
     # Runs name their teachers by their paths, and would not go on if these were spelled in another way.
-    root, grids = options.out.resolve(), chosen(options)
-    failed: dict[Run, str] = {}
+    folder, grids = Folder(options.out.resolve(), options.options), chosen(options)
     if options.final and not any(map(claims.claimed, grids.values())):
         raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
     devices = set()
     for runs in grids.values():  # wrong options and missing images are known at once
-        configs = [config_of(run, root, options.options) for run in {run.method: run for run in runs}.values()]
-        devices |= {device_of(config.device) for config in configs}
-        for device in devices:
-            train.open_data(configs[0], Ranks(device))
-    jobs = options.jobs or ((os.cpu_count() or 1) if {device.type for device in devices} == {"cpu"} else 1)
-    side_by_side = partial(_side_by_side, root=root, extra=options.options, jobs=jobs)
+        config, *_ = map(folder.config_of, {run.method: run for run in runs}.values())
+        device = device_of(config.device)
+        devices.add(device.type)
+        train.open_data(config, Ranks(device))
+    cores = os.cpu_count() or 1
+    jobs = options.jobs or (cores if devices == {"cpu"} else 1)
+    failed: dict[Run, str] = {}
     for dataset, runs in grids.items():
-        left = [run for run in runs if not is_done(run, root, options.options)]
-        failed |= side_by_side(train_and_measure, stages(left), f"{dataset}: train")
+        left = [run for run in runs if folder.record_of(run) is None]
+        failed |= side_by_side(folder.train_and_measure, stages(left), f"{dataset}: train", folder, jobs)
         if options.final:
-            work = partial(read_test, autoattack_images=options.autoattack_images)
-            failed |= side_by_side(work, [unread(runs, root, options.autoattack_images)], f"{dataset}: test")
-    here, published = finished(root)[0], report.RESULTS / "runs.csv"
+            read = partial(folder.read_test, autoattack_images=options.autoattack_images)
+            left = unread(runs, folder, options.autoattack_images)
+            failed |= side_by_side(read, [left], f"{dataset}: test", folder, jobs)
+    here, published = folder.finished()["runs"], report.RESULTS / "runs.csv"
     there = records.read(published, records.RUN) if published.exists() else here[:0]  # a source distribution has none
     for dataset in grids:
         for eps in SETTINGS[dataset].eps:
             if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
-                print(f"\n{dataset}, eps {eps:g}, validation images\n\n{table}")
-                print(tables.agreement_table(here, there, dataset, eps, "0.1.0", options.arch))
+                print(f"\n{place(dataset, eps)}, validation images\n\n{table}")
+                print(tables.agreement_table(here, there, dataset, eps, options.arch))
     for run, why in failed.items():
         print(f"failed: {run.name}: {why}", file=sys.stderr)
     return 1 if failed else 0
@@ -118,22 +120,6 @@ def chosen(options: Options) -> dict[str, list[Run]]:
     return {name: grid(name, options.arch, seeds, full=options.full, methods=options.methods) for name in datasets}
 
 
-def is_done(run: Run, root: Path, extra: str) -> bool:
-    """Whether the run has a record.
-
-    Raises:
-        UserError: it is one of a run with the same name and other options.
-    """
-    record = record_of(run, root)
-    for name, value in told(run.dataset, run.method, extra).items():
-        if record and record[name] != value:
-            raise UserError(
-                f"{run.name} is there already, with {name} {record[name]!r} and not {value!r}: "
-                "give the options that it was made with, or another --out"
-            )
-    return record is not None
-
-
 def stages(runs: Sequence[Run]) -> list[list[Run]]:
     """A teacher for each network and seed, then PGD-AT, then what needs both."""
     clean = {(run.arch, run.seed): run for run in reversed(runs) if run.method == "clean"}  # the first of each
@@ -142,36 +128,36 @@ def stages(runs: Sequence[Run]) -> list[list[Run]]:
     return [teachers, needed, [run for run in runs if run.method not in NEEDED]]
 
 
-def unread(runs: Sequence[Run], root: Path, autoattack_images: int) -> list[Run]:
+def unread(runs: Sequence[Run], folder: Folder, autoattack_images: int) -> list[Run]:
     """Those that a claim is about and whose test images nobody has read: each is read once.
 
     Raises:
         UserError: some have been read with another number of images for AutoAttack: they would be no pairs.
     """
-    found = {run: record for run in claims.claimed(runs) if (record := record_of(run, root))}
+    found = {run: record for run in claims.claimed(runs) if (record := folder.record_of(run))}
     left = [run for run, record in found.items() if record.get("test_natural") is None]
-    counts = {record.get("test_autoattack_images") for record in found.values()} - {None, autoattack_images}
-    if left and counts:
+    others = {record.get("test_autoattack_images") for record in found.values()} - {None, autoattack_images}
+    if left and others:
         raise UserError(
-            f"--autoattack-images: must be {counts.pop()}, as for the runs that have been read already; "
+            f"--autoattack-images: must be {others.pop()}, as for the runs that have been read already; "
             f"got {autoattack_images}"
         )
     return left
 
 
-def _side_by_side(
-    work: Callable[..., None], stages: Sequence[Sequence[Run]], label: str, *, root: Path, extra: str, jobs: int
+def side_by_side(
+    work: Callable[[Run], None], stages: Sequence[Sequence[Run]], label: str, folder: Folder, jobs: int
 ) -> dict[Run, str]:
     """What failed of the runs, and why; after each run, the CSVs have all that is done in the folder."""
 
     def write() -> None:
-        for name, table in zip(report.CSVS, finished(root), strict=True):
-            records.write(root / f"{name}.csv", table)
+        for name, table in folder.finished().items():
+            records.write(folder.root / f"{name}.csv", table)
 
     if not any(stages):
         return {}
-    work, log = partial(work, root=root, extra=extra), lambda run: root / run.name / "output.txt"
-    return pool.run_all(work, stages, log=log, jobs=jobs, label=label, done=write)
+    logs = {run: folder.root / run.name / "output.txt" for stage in stages for run in stage}
+    return pool.run_all(work, stages, logs=logs, jobs=jobs, label=label, done=write)
 
 
 if __name__ == "__main__":

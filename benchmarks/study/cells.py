@@ -1,10 +1,12 @@
 """The cells of the study's tables: accuracies in %, mean ± standard deviation over seeds, and differences in points."""
 
 from collections.abc import Iterable
+from math import isnan
 from statistics import fmean
 
 import pandas as pd
 
+from benchmarks.study.grid import SETTINGS
 from benchmarks.study.paired import LEVEL, Interval
 
 CHANCE = 0.2  # natural accuracy below which a run has collapsed: ten classes, guessed, give 0.1
@@ -25,23 +27,17 @@ def percent(shares: pd.Series) -> str:
 
 
 def signed(value: float) -> str:
-    """One decimal, always with its sign; no zero with a minus."""
+    """One decimal, always with its sign; no zero with a minus. A mean of nothing is NaN, and a dash here."""
     text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    return "0.0" if text[1:] == "0.0" else text
-
-
-def mean_of(differences: pd.Series) -> str:
-    """The mean in points, where there is any difference."""
-    known = differences.dropna()
-    return signed(fmean(known)) if len(known) else "-"
+    return "-" if isnan(value) else "0.0" if text[1:] == "0.0" else text
 
 
 def difference(found: Interval) -> str:
-    """The mean and its interval; bold where that leaves out 0."""
-    if found.low != found.low:  # NaN: there is no interval
+    """The mean and its interval, where there is one; bold where that leaves out 0."""
+    if isnan(found.low):
         return signed(found.mean)
     text = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
-    return f"**{text}**" if found.clear else text
+    return f"**{text}**" if found.low > 0 or found.high < 0 else text
 
 
 def level(comparisons: int) -> str:
@@ -52,16 +48,20 @@ def level(comparisons: int) -> str:
 
 def named(text: str, runs: pd.DataFrame) -> str:
     """The text, and how many of the runs ended in the constant prediction: a mean over some that did says little."""
-    collapsed = int((runs["natural"] < CHANCE).sum())
-    if not collapsed:
-        return text
-    return f"{text} (collapsed)" if collapsed == len(runs) else f"{text} ({collapsed} of {len(runs)} collapsed)"
+    collapsed = (runs["natural"] < CHANCE).sum()
+    some = "" if collapsed == len(runs) else f"{collapsed} of {len(runs)} "
+    return f"{text} ({some}collapsed)" if collapsed else text
 
 
 def radius(eps: float) -> str:
     """As people write it: 0.2, but 8/255."""
     whole = round(255 * eps)
     return f"{whole}/255" if eps < 0.1 and f"{whole / 255:.6g}" == f"{eps:.6g}" else f"{eps:g}"
+
+
+def place(dataset: str, eps: float | None = None) -> str:
+    """A data set and a radius, its first one unless another is named."""
+    return f"{dataset}, eps {radius(SETTINGS[dataset].eps[0] if eps is None else eps)}"
 
 
 def measured(name: str, runs: pd.DataFrame) -> str:

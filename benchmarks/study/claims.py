@@ -14,33 +14,19 @@ MEASURES = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack")  # col
 
 @dataclass(frozen=True)
 class Claim:
-    """One method has a higher accuracy than another.
-
-    Args:
-        dataset, eps: where; with the data set's own network.
-        better, worse: names of methods.
-        measure: the accuracy, one of MEASURES.
-        seeds: the pairs by which it is judged: not before all are there and, so that nobody stops where it looks good,
-            by no others.
-    """
+    """One method has a higher accuracy than another, with the data set's own network."""
 
     dataset: str
     eps: float
     better: str
     worse: str
-    measure: str
-    seeds: range
+    measure: str  # one of MEASURES
+    seeds: range  # it is judged when all are there and, so that nobody stops where it looks good, by no others
 
     def __post_init__(self) -> None:
-        known: dict[str, Iterable[str]] = {
-            "dataset": SETTINGS,
-            "better": METHODS,
-            "worse": METHODS,
-            "measure": MEASURES,
-        }
-        for name, names in known.items():
-            if (value := getattr(self, name)) not in names:
-                raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}")
+        for name, known in (("dataset", SETTINGS), ("better", METHODS), ("worse", METHODS), ("measure", MEASURES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
     def about(self, run: Run) -> bool:
         """Whether it is judged by this run."""

@@ -11,28 +11,20 @@ import pandas as pd
 
 SPLIT_SEED = 2026  # the digits' usual split, seed 0, had been looked at when the recipes were made
 NEEDED = ("clean", "pgd-at")  # by all other methods: their teacher, and whose adversarial images they are shown
-SEARCH_SEEDS = 2
+SEARCH_SEEDS = 2  # the first ones
 WIDTHS = ("digits-4", "digits", "digits-32")  # of the digits net, 16 in the middle
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a data set is trained on, the same for every method.
+    """How a data set is trained on, the same for every method."""
 
-    Args:
-        arch: the network, unless a run names another.
-        eps: radii of the Linf ball, the one of the main table first.
-        epochs, teacher_epochs: adversarial and clean ones.
-        validation: images held out to choose by; of the study's split.
-        options: of the training command.
-    """
-
-    arch: str
-    eps: tuple[float, ...]
+    arch: str  # the network, unless a run names another
+    eps: tuple[float, ...]  # radii of the Linf ball, the one of the main table first
     epochs: int
     teacher_epochs: int
-    validation: int
-    options: str
+    validation: int  # images held out to choose by
+    options: str  # of the training command
 
 
 _SHORT = "--batch-size 64 --nesterov --schedule cosine --lr-warmup 0.2 --device cpu --threads 1"
@@ -45,39 +37,29 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained with: a row of methods.csv.
+    """What is trained with: a row of methods.csv."""
 
-    Args:
-        group: main and control are in the main tables, part, tau and beta in those of the paper, search in its own.
-        about: what it is, in a phrase for the tables.
-        options: of the training command.
-        change: of variants.py, by name, where the training command has no option for it.
-        longer: epochs, in those of the data set's setting.
-    """
-
-    group: str
-    about: str
-    options: str
-    change: dict[str, Any]
-    longer: int
+    group: str  # main and control: of the main tables; part, tau and beta: of the paper's; search: of its own
+    about: str  # what it is, in a phrase for the tables
+    options: str  # of the training command
+    change: dict[str, Any]  # of variants.py, by name, where the training command has no option for it
+    longer: int  # times the epochs of the data set's setting
 
 
-def _methods() -> dict[str, Method]:
-    table = pd.read_csv(Path(__file__).with_name("methods.csv"), index_col="method", keep_default_na=False)
-    table["change"] = [
-        {name: ast.literal_eval(value) for name, value in (word.split("=") for word in text.split())}
-        for text in table["change"]
-    ]
-    return {str(name): Method(**row) for name, row in table.iterrows()}
+def _change(text: str) -> dict[str, Any]:
+    return {name: ast.literal_eval(value) for name, value in (word.split("=") for word in text.split())}
 
 
-def _group(*names: str) -> tuple[str, ...]:
-    return tuple(name for name, method in METHODS.items() if method.group in names)
+def _group(group: str) -> tuple[str, ...]:
+    return tuple(name for name, method in METHODS.items() if method.group == group)
 
 
-METHODS = _methods()
-MAIN, CONTROLS, SEARCH = _group("main"), _group("control"), _group("search")
-ABLATION = ("ramp", *_group("part"), "ramp-beta0")
+_table = pd.read_csv(
+    Path(__file__).with_name("methods.csv"), index_col="method", keep_default_na=False, converters={"change": _change}
+)
+METHODS = {str(name): Method(**row) for name, row in _table.iterrows()}
+MAIN, CONTROLS, SEARCH, PARTS = map(_group, ("main", "control", "search", "part"))
+ABLATION = ("ramp", *PARTS, "ramp-beta0")
 TAU_SWEEP = {"ramp" if tau == 5 else f"ramp-tau{tau}": tau for tau in range(1, 7)}
 BETA_SWEEP = {"ramp" if beta == 6 else f"ramp-beta{beta}": beta for beta in range(8)}
 STEPS = ("adaptive-normalized", "pgd-at-weighted-mean-1")  # of the search, but with all seeds: a finding rests on them
@@ -102,7 +84,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder: data set, network, method and the rest."""
+        """Of its folder."""
         return f"{self.dataset}/{self.arch}/{self.method}-eps{self.eps:.3g}-seed{self.seed}"
 
 
@@ -110,8 +92,7 @@ def grid(dataset: str, arch: str | None, seeds: Sequence[int], *, full: bool, me
     """The runs of a data set, the most telling first, each once.
 
     Args:
-        dataset, arch: the network is the data set's own if None.
-        seeds: of every method; the search has the first two of them.
+        arch: the network; the data set's own if None.
         full: every table, not only the main one.
         methods: these instead, at the first radius, and those that they need.
     """

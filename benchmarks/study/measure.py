@@ -20,17 +20,14 @@ def on_validation(model: nn.Module, images: Images, eps: float, source: nn.Modul
         images: to attack within eps (Linf, of pixels in [0, 1]).
         source: a network whose adversarial images to try too.
     """
+    names = {"clean": "natural", "PGD-20": "pgd20", "CW-30": "cw30", "APGD-CE": "apgd_ce", "APGD-T": "apgd"}
     right = _right(model, images, ("pgd20", "cw", "apgd"), eps, APGD)
     if source is not None:
         source.to(_device(model)).eval().requires_grad_(False)
     parts = [_on_batch(model, x, y, eps, source) for x, y in DataLoader(images, BATCH)]
     confidence, zero, nonlinearity, transfer = (torch.cat(part).double() for part in zip(*parts, strict=True))
     return {
-        "natural": right["clean"],
-        "pgd20": right["PGD-20"],
-        "cw30": right["CW-30"],
-        "apgd": right["APGD-T"],
-        "apgd_ce": right["APGD-CE"],
+        **{name: right[attack] for attack, name in names.items()},
         "transfer": transfer.mean().item() if source is not None else None,
         "zero_gradients": zero.mean().item(),
         "nonlinearity": nonlinearity.median().item(),

@@ -3,89 +3,84 @@
 Accuracies and shares are in [0, 1]; an empty cell means that it was not measured.
 """
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
+from runtime import replacing
 
 from benchmarks.study.grid import SETTINGS
 
-WHICH = ("dataset", "arch", "method", "eps", "seed")  # what tells two runs of a version apart
-RUN = (
-    "dataset", "arch", "method",
-    "options",  # of the training command, and after a bar what the study changed of the method
-    "eps", "seed", "split_seed", "epochs",
+Columns = Mapping[str, type]
+# The first five tell two runs of a version apart.
+WHICH = {"dataset": str, "arch": str, "method": str, "eps": float, "seed": int}
+RUN = {
+    "dataset": str, "arch": str, "method": str,
+    "options": str,  # of the training command, and after a bar what the study changed of the method
+    "eps": float, "seed": int, "split_seed": int, "epochs": int,
     # Of the validation images.
-    "natural",  # accuracy on clean images
-    "pgd20",  # under PGD on the cross-entropy, 20 steps of eps/4
-    "cw30",  # under PGD on the margin, 30 steps
-    "apgd",  # under APGD-CE with 50 steps, then APGD-T with 3 targets x 50 steps on those still right
+    "natural": float,  # accuracy on clean images
+    "pgd20": float,  # under PGD on the cross-entropy, 20 steps of eps/4
+    "cw30": float,  # under PGD on the margin, 30 steps
+    "apgd": float,  # under APGD-CE with 50 steps, then APGD-T with 3 targets x 50 steps on those still right
     # Of them too, signs of gradient masking.
-    "apgd_ce",  # after the first of the two
-    "transfer",  # on the adversarial images of the PGD-AT run with the same seed
-    "zero_gradients",  # share of images whose cross-entropy has no gradient in float32
-    "nonlinearity",  # median of |loss(x + d) - loss(x) - d * gradient| / loss(x + d), d of the attack
-    "confidence",  # mean of the largest probability on clean images
+    "apgd_ce": float,  # after the first of the two
+    "transfer": float,  # on the adversarial images of the PGD-AT run with the same seed
+    "zero_gradients": float,  # share of images whose cross-entropy has no gradient in float32
+    "nonlinearity": float,  # median of |loss(x + d) - loss(x) - d * gradient| / loss(x + d), d of the attack
+    "confidence": float,  # mean of the largest probability on clean images
     # Of the test images.
-    "test_natural", "test_pgd20", "test_apgd",
-    "test_autoattack", "test_autoattack_images",  # standard AutoAttack, on the first so many
+    "test_natural": float, "test_pgd20": float, "test_apgd": float,
+    "test_autoattack": float, "test_autoattack_images": float,  # standard AutoAttack, on the first so many
     # How it was made.
-    "train_seconds", "measure_seconds", "device", "python", "torch", "cktat_loss", "date",
-)  # fmt: skip
-EPOCH = (
-    *WHICH, "epoch",
-    "clean_accuracy", "pgd_accuracy",  # of the validation images; PGD with 10 steps
-    "guidance", "consistency",  # of the training images
+    "train_seconds": float, "measure_seconds": float,
+    "device": str, "python": str, "torch": str, "cktat_loss": str, "date": str,
+}  # fmt: skip
+EPOCH = {
+    **WHICH, "epoch": int,
+    "clean_accuracy": float, "pgd_accuracy": float,  # of the validation images; PGD with 10 steps
+    "guidance": float, "consistency": float,  # of the training images
     # Percentiles over the validation images of softmax(S(x'))[y]: the adaptive weight of each is beta times that.
-    *(f"label_probability_p{percent:02}" for percent in (5, 25, 50, 75, 95)),
-)  # fmt: skip
-REPLICATION = (
-    *WHICH, "clean_guidance", "clean_label",  # weights of KL(softmax(T(x)/tau) || softmax S(x)) and of CE(S(x), y)
-    "split_seed", "epochs", "natural", "pgd20", "apgd", "apgd_ce", "confidence",
-    "most_predicted",  # share of images that got the most frequent prediction
-)  # fmt: skip
-_TEXTS = {"dataset", "arch", "method", "options", "device", "python", "torch", "cktat_loss", "date"}
-_WHOLE = {"seed", "split_seed", "epochs", "epoch"}
+    **{f"label_probability_p{percent:02}": float for percent in (5, 25, 50, 75, 95)},
+}  # fmt: skip
+REPLICATION = {
+    **WHICH,
+    "clean_guidance": float, "clean_label": float,  # weights of KL(softmax(T(x)/tau) || softmax S(x)), CE(S(x), y)
+    "split_seed": int, "epochs": int,
+    "natural": float, "pgd20": float, "apgd": float, "apgd_ce": float, "confidence": float,
+    "most_predicted": float,  # share of images that got the most frequent prediction
+}  # fmt: skip
 
 
-def _types(columns: Iterable[str]) -> dict[str, type]:
-    return {name: str if name in _TEXTS else int if name in _WHOLE else float for name in columns}
+def key(columns: Iterable[str]) -> list[str]:
+    """The columns of a table by which its lines are told apart and sorted."""
+    return [name for name in columns if name in (*WHICH, "epoch")]
 
 
-def frame(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> pd.DataFrame:
+def frame(rows: Iterable[Mapping[str, object]], columns: Columns) -> pd.DataFrame:
     """Rows as a table with these columns, sorted by what the run is."""
-    table = pd.DataFrame([*rows], columns=[*columns]).astype(_types(columns))
+    table = pd.DataFrame([*rows], columns=[*columns]).astype(columns)
     table["eps"] = table["eps"].map("{:.6g}".format).astype(float)  # as it comes back from a CSV: 8/255 has no end
-    return table.sort_values([name for name in (*WHICH, "epoch") if name in columns], ignore_index=True)
+    return table.sort_values(key(columns), ignore_index=True)
 
 
-def read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read(path: Path, columns: Columns) -> pd.DataFrame:
     """A CSV that `write` wrote.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it has other columns.
     """
-    table = pd.read_csv(path, dtype=_types(columns))
+    table = pd.read_csv(path, dtype=columns)
     if [*table.columns] != [*columns]:
         raise ValueError(f"{path} must have the columns {', '.join(columns)}; got {', '.join(table.columns)}")
-    return table.fillna(dict.fromkeys(_TEXTS & {*columns}, ""))
+    return table
 
 
 def write(path: Path, table: pd.DataFrame) -> None:
     """The table as a CSV, floats with six digits, in one move."""
-    replace_file(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put the content in the file's place in one move: whatever happens, it is the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def select(records: pd.DataFrame, dataset: str, eps: float | None = None, arch: str | None = None) -> pd.DataFrame:

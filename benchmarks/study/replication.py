@@ -25,19 +25,17 @@ def table(found: pd.DataFrame) -> str:
 
     One from PGD-AT, one from the method with nothing added. The intervals are not corrected for each other.
     """
-    apgd = found.set_index(["method", "clean_label", "clean_guidance", "seed"])["apgd"].unstack()
-    lines = []
     ordered = found.assign(method=pd.Categorical(found["method"], METHODS))
-    for key, runs in ordered.groupby(["method", "clean_label", "clean_guidance"], observed=True):
-        method, label, guidance = key
+    groups = dict(iter(ordered.groupby(["method", "clean_label", "clean_guidance"], observed=True)))
+    lines = []
+    for (method, label, guidance), runs in groups.items():
         added = f"{label:g} CE(S(x), y)" if label else f"clean guidance {guidance:g}" if guidance else "-"
+        others = [groups.get((name, 0, 0), runs[:0]) for name in ("pgd-at", method)]
         gaps = [
-            100 * (apgd.loc[key] - apgd.loc[plain]).dropna() if plain in apgd.index and plain != key else pd.Series()
-            for plain in (("pgd-at", 0, 0), (method, 0, 0))
+            "-" if other is runs else difference(interval(paired_differences(runs, other, "apgd"))) for other in others
         ]
-        cells = [difference(interval(gap)) if len(gap) else "-" for gap in gaps]
-        dead = int((runs["natural"] < DEAD).sum())
-        lines.append([method, added, percent(runs["natural"]), percent(runs["apgd"]), *cells, dead or "-", len(runs)])
+        dead = (runs["natural"] < DEAD).sum()
+        lines.append([method, added, percent(runs["natural"]), percent(runs["apgd"]), *gaps, dead or "-", len(runs)])
     head = ["method", "with", "natural", "APGD", "APGD − pgd-at", "APGD − without", "natural below 50 %", "seeds"]
     return markdown.table(head, lines) + EACH if lines else ""
 
@@ -46,11 +44,11 @@ def together(replication: pd.DataFrame, runs: pd.DataFrame) -> str:
     """What clean guidance of weight 1 adds to `adaptive` on digits: in the study, in the replication, in both."""
     adaptive = replication[(replication["method"] == "adaptive") & (replication["clean_label"] == 0)]
     names = {0: "adaptive", 1: "adaptive-clean-guidance"}
-    again = adaptive.assign(method=adaptive["clean_guidance"].map(names)).dropna(subset=["method"])
-    parts = {
-        name: paired_differences(table, "adaptive-clean-guidance", "adaptive", "apgd")
-        for name, table in (("the study", runs), ("the replication", again))
-    }
+    again = adaptive.assign(method=adaptive["clean_guidance"].map(names))
+    parts = {}
+    for name, found in (("the study", runs), ("the replication", again)):
+        without, guided = (found[found["method"] == method] for method in names.values())
+        parts[name] = paired_differences(guided, without, "apgd")
     if any(part.empty for part in parts.values()):
         return ""
     parts["both"] = pd.concat(parts.values())

@@ -1,17 +1,17 @@
 """The study's tables in Markdown, so that no number in the documentation is typed. A table of nothing is ""."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 
 from benchmarks import markdown
 from benchmarks.study import grid
-from benchmarks.study.cells import NAMES, counts, difference, level, mean_of, measured, named, percent, radius
+from benchmarks.study.cells import NAMES, counts, difference, level, measured, named, percent, place, radius, signed
 from benchmarks.study.claims import MEASURES, Claim, measures
 from benchmarks.study.paired import interval, paired_differences
 from benchmarks.study.records import by_method, select
 
-BASELINE = "pgd-at"
 SHOWN = (*grid.MAIN, *grid.CONTROLS)  # by the main tables, in this order
 Column = tuple[str, Callable[[str, pd.DataFrame], object]]  # a head, and the cell of a method and its runs
 
@@ -29,20 +29,12 @@ ACCURACIES = (accuracy("natural"), accuracy("pgd20"), accuracy("apgd"))
 
 def gap(measure: str) -> Column:
     """How far a measure stays above APGD, run by run: a sign of gradient masking."""
-    return f"{NAMES[measure]} − APGD", lambda _, runs: mean_of(100 * (runs[measure] - runs["apgd"]))
+    return f"{NAMES[measure]} − APGD", lambda _, runs: signed(100 * (runs[measure] - runs["apgd"]).mean())
 
 
-def listing(
-    groups: Mapping[str, pd.DataFrame],
-    columns: Sequence[Column],
-    head: str = "method",
-    labels: Mapping[str, object] | None = None,
-) -> str:
-    """A line a method, by its name or a label, which says how many of its runs collapsed."""
-    lines = [
-        [named(str((labels or {}).get(method, method)), runs), *(cell(method, runs) for _, cell in columns)]
-        for method, runs in groups.items()
-    ]
+def listing(groups: Mapping[str, pd.DataFrame], columns: Sequence[Column], head: str = "method") -> str:
+    """A line a method, which says how many of its runs collapsed."""
+    lines = [[named(name, runs), *(cell(name, runs) for _, cell in columns)] for name, runs in groups.items()]
     return markdown.table([head, *(name for name, _ in columns)], lines)
 
 
@@ -69,27 +61,43 @@ def main_table(
     return listing(groups, [*ACCURACIES, gap("pgd20"), gap("cw30"), gap("transfer"), zero, SEEDS])
 
 
-def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: str = BASELINE) -> str:
-    """A line a method but the clean teacher: natural and APGD less those of `against`, seed by seed.
+def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: str = "pgd-at") -> str:
+    """A line a method but the clean teacher: what it has above `against`."""
+    groups = by_method(select(records, dataset, eps), SHOWN)
+    baseline = groups.pop(against, records[:0])
+    groups.pop("clean", None)
+    return compared(groups, dict.fromkeys(groups, baseline), less=f" − {against}")
+
+
+def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, arch: str | None = None) -> str:
+    """Whether runs give the numbers of the same runs of version 0.1.0.
+
+    Another processor, another release of torch or of the training loop rounds differently, and training makes another
+    network of that: the differences should be chance, and none bold.
+    """
+    ours, theirs = (by_method(select(records, dataset, eps, arch), SHOWN) for records in (here, there))
+    return compared(ours, theirs, head="less 0.1.0")
+
+
+def compared(
+    groups: Mapping[str, pd.DataFrame], others: Mapping[str, pd.DataFrame], head: str = "method", less: str = ""
+) -> str:
+    """A line a method that has pairs with its others: the differences of natural and APGD accuracy, seed by seed.
 
     The intervals are corrected for how many the table shows. Bold: leaves out 0.
     """
-    found = select(records, dataset, eps)
-    groups = by_method(found, (method for method in SHOWN if method not in ("clean", against)))
+    both = ("natural", "apgd")
     pairs = {
-        (method, measure): paired_differences(found, method, against, measure)
-        for method in groups
-        for measure in ("natural", "apgd")
+        method: [paired_differences(runs, others.get(method, runs[:0]), measure, ["epochs"]) for measure in both]
+        for method, runs in groups.items()
     }
-    shown = sum(len(differences) > 1 for differences in pairs.values())
-
-    def column(measure: str) -> Column:
-        head = f"{NAMES[measure]} − {against}"
-        return head, lambda method, _: difference(interval(pairs[method, measure], max(1, shown)))
-
-    groups = {method: runs for method, runs in groups.items() if len(pairs[method, "apgd"])}
-    count: Column = ("pairs", lambda method, _: len(pairs[method, "apgd"]))
-    return listing(groups, [column("natural"), column("apgd"), count]) + level(shown)
+    shown = sum(len(found) > 1 for of in pairs.values() for found in of)
+    lines = [
+        [named(method, groups[method]), *(difference(interval(found, max(1, shown))) for found in of), len(of[-1])]
+        for method, of in pairs.items()
+        if len(of[-1])
+    ]
+    return markdown.table([head, *(NAMES[measure] + less for measure in both), "pairs"], lines) + level(shown)
 
 
 def search_table(records: pd.DataFrame, dataset: str) -> str:
@@ -98,35 +106,32 @@ def search_table(records: pd.DataFrame, dataset: str) -> str:
     The differences are from the method that was changed, seed by seed; without intervals, for which a search has too
     few seeds: it chooses what to look at, and shows nothing.
     """
-    found = select(records, dataset)
+    groups = by_method(select(records, dataset), grid.METHODS)
 
-    def change(measure: str) -> Column:
-        return NAMES[measure], lambda method, _: mean_of(
-            paired_differences(found, method, grid.base_of(method), measure)
-        )
+    def change(method: str, runs: pd.DataFrame, measure: str) -> str:
+        return signed(paired_differences(runs, groups.get(grid.base_of(method), runs[:0]), measure).mean())
 
+    changes: list[Column] = [(NAMES[measure], partial(change, measure=measure)) for measure in ("natural", "apgd")]
     less: Column = ("less", lambda method, _: grid.base_of(method))
-    columns = [ABOUT, accuracy("natural"), accuracy("apgd"), less, change("natural"), change("apgd"), gap("pgd20")]
-    return listing(by_method(found, grid.SEARCH), [*columns, SEEDS])
+    columns = [ABOUT, accuracy("natural"), accuracy("apgd"), less, *changes, gap("pgd20"), SEEDS]
+    return listing({name: runs for name, runs in groups.items() if name in grid.SEARCH}, columns)
 
 
 def paper_table(records: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
     """The paper's Tables 3a, 3b and 3c on digits: a line a method under its label, once there are two of them."""
     groups = by_method(select(records, "digits"), labels)
-    groups = {method: groups.get(method, records[:0]) for method in labels} if len(groups) > 1 else {}
-    return listing(groups, [*more, *ACCURACIES, SEEDS], head, labels)
+    lines = {str(label): groups.get(method, records[:0]) for method, label in labels.items()}
+    return listing(lines if len(groups) > 1 else {}, [*more, *ACCURACIES, SEEDS], head)
 
 
-def capacity_table(records: pd.DataFrame, dataset: str) -> str:
+def capacity_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
     """The paper's Table 1: natural / APGD, a line a method that was run at two widths or more, a column a width."""
-    methods = dict.fromkeys((*grid.CAPACITY, *grid.LARGER))
-    found = [by_method(select(records, dataset, arch=arch), methods) for arch in grid.WIDTHS]
     lines = []
-    for method in methods:
-        cells = [groups.get(method, records[:0]) for groups in found]
-        if sum(len(runs) > 0 for runs in cells) > 1:
-            both = [named(f"{percent(runs['natural'])} / {percent(runs['apgd'])}", runs) for runs in cells]
-            lines.append([method, *("-" if text == "- / -" else text for text in both), counts(cells)])
+    for method, runs in by_method(records, (*grid.CAPACITY, *grid.LARGER)).items():
+        found = [select(runs, dataset, eps, arch) for arch in grid.WIDTHS]
+        if sum(len(of) > 0 for of in found) > 1:
+            both = [named(f"{percent(of['natural'])} / {percent(of['apgd'])}", of) if len(of) else "-" for of in found]
+            lines.append([method, *both, counts(found)])
     widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
     return markdown.table(["method", *widths, "seeds"], lines)
 
@@ -146,22 +151,21 @@ def claims_table(records: pd.DataFrame, claims: Sequence[Claim], comparisons: in
     Args:
         comparisons: claims that the intervals are corrected for, earlier rounds included.
     """
-    lines: list[list[object]] = []
-    judged = False
+    lines, judged = [], False
     for claim in claims:
         found = select(records, claim.dataset, claim.eps)
         found = found[found["seed"].isin(claim.seeds) & found["method"].isin([claim.better, claim.worse])]
-        differences = paired_differences(found, claim.better, claim.worse, claim.measure)
-        where = f"{claim.dataset}, eps {radius(claim.eps)}"
-        line = [where, f"{claim.better} > {claim.worse}", measured(claim.measure, found)]
-        if len(differences) < len(claim.seeds):
-            lines.append([*line, "-", "-", f"{len(differences)} of {len(claim.seeds)}"])
-            continue
-        judged, result = True, interval(differences, comparisons)
-        verdict = "yes" if result.low > 0 else "no" if result.high < 0 else "not shown"
-        lines.append([*line, difference(result), verdict, len(differences)])
-    table = markdown.table(["where", "claim", "of", "difference", "holds", "pairs"], lines if judged else [])
-    return table and table + level(comparisons)
+        better, worse = (found[found["method"] == method] for method in (claim.better, claim.worse))
+        differences = paired_differences(better, worse, claim.measure)
+        cells = ["-", "-", f"{len(differences)} of {len(claim.seeds)}"]
+        if len(differences) == len(claim.seeds):
+            judged, result = True, interval(differences, comparisons)
+            verdict = "yes" if result.low > 0 else "no" if result.high < 0 else "not shown"
+            cells = [difference(result), verdict, str(len(differences))]
+        where, what = place(claim.dataset, claim.eps), f"{claim.better} > {claim.worse}"
+        lines.append([where, what, measured(claim.measure, found), *cells])
+    head = ["where", "claim", "of", "difference", "holds", "pairs"]
+    return markdown.table(head, lines) + level(comparisons) if judged else ""
 
 
 def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
@@ -169,73 +173,44 @@ def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
 
     Natural accuracy and APGD on the validation images, and what the claims are of on the test images.
     """
-    methods = [*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]
     found = {dataset: runs for dataset in grid.SETTINGS if len(runs := select(records, dataset))}
-    groups = {dataset: by_method(runs, methods) for dataset, runs in found.items()}
     columns = [
         (dataset, name)
         for dataset, runs in found.items()
         for name in ("natural", "apgd", *measures(dataset, claims))
         if runs[name].notna().any()
     ]
+
+    def cell(runs: pd.DataFrame, name: str) -> str:
+        return named(percent(runs[name]), runs) if name == "natural" else percent(runs[name])
+
     lines = []
-    for method in dict.fromkeys(methods):
-        cells = {dataset: of.get(method, records[:0]) for dataset, of in groups.items()}
-        if any(map(len, cells.values())):
-            texts = [percent(cells[dataset][name]) for dataset, name in columns]
-            for i, (dataset, name) in enumerate(columns):
-                texts[i] = named(texts[i], cells[dataset]) if name == "natural" else texts[i]
-            lines.append([method, *texts, counts(cells.values())])
-    head = [
-        f"{dataset}, eps {radius(grid.SETTINGS[dataset].eps[0])}, {measured(name, found[dataset])}"
-        for dataset, name in columns
-    ]
+    for method in dict.fromkeys([*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]):
+        own = {dataset: runs[runs["method"] == method] for dataset, runs in found.items()}
+        if any(map(len, own.values())):
+            lines.append([method, *(cell(own[dataset], name) for dataset, name in columns), counts(own.values())])
+    head = [f"{place(dataset)}, {measured(name, found[dataset])}" for dataset, name in columns]
     return markdown.table(["accuracy in %", *head, "seeds"], lines)
-
-
-def agreement_table(
-    here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, name: str, arch: str | None = None
-) -> str:
-    """Whether runs give the numbers of the same runs in another table: the mean differences, a line a method.
-
-    Another processor, another release of torch or of the training loop rounds differently, and training makes another
-    network of that: the differences should be chance, and none bold. Runs are the same if method, network, seed,
-    epochs and split are.
-
-    Args:
-        name: of the other table, for the head.
-    """
-    key = ["method", "arch", "seed", "epochs", "split_seed"]
-    sides = (select(records, dataset, eps, arch) for records in (here, there))
-    both = pd.merge(*sides, on=key, suffixes=("", "_there"))
-    shown = 2 * int((both["method"].value_counts() > 1).sum())
-
-    def column(measure: str) -> Column:
-        gap = 100 * (both[measure] - both[f"{measure}_there"])
-        return NAMES[measure], lambda _, runs: difference(interval(gap[runs.index], max(1, shown)))
-
-    pairs: Column = ("pairs", lambda _, runs: len(runs))
-    groups = by_method(both, SHOWN)
-    return listing(groups, [column("natural"), column("apgd"), pairs], f"less {name}") + level(shown)
 
 
 def provenance(records: pd.DataFrame) -> str:
     """Epochs, split, device, versions and dates of the runs, in a line; every value that occurs."""
-
-    def all_of(column: str) -> str:
-        return ", ".join(map(str, sorted(records[column].unique())))
-
-    first, last = records["date"].min(), records["date"].max()
-    trained = f"{all_of('epochs')} epochs, split seed {all_of('split_seed')}"
-    versions = f"torch {all_of('torch')}, Python {all_of('python')}, cktat-loss {all_of('cktat_loss')}"
-    return f"{trained}; {all_of('device')}, {versions}, {first if first == last else f'{first} to {last}'}.\n"
-
-
-def captioned(tables: Mapping[str, str]) -> str:
-    """Tables that are not empty, each under its caption."""
-    return "\n".join(f"{caption}:\n\n{table}" for caption, table in tables.items() if table)
+    columns = ("epochs", "split_seed", "device", "torch", "python", "cktat_loss")
+    every = {name: ", ".join(map(str, sorted(records[name].unique()))) for name in columns}
+    dates = " to ".join(sorted({records["date"].min(), records["date"].max()}))
+    return (
+        "{epochs} epochs, split seed {split_seed}; {device}, torch {torch}, Python {python}, cktat-loss {cktat_loss}, "
+        "{dates}.\n"
+    ).format(**every, dates=dates)
 
 
-def each_radius(table: Callable[[pd.DataFrame, str, float], str], records: pd.DataFrame, dataset: str) -> str:
-    """A table of each radius of a data set."""
-    return captioned({f"eps {radius(eps)}": table(records, dataset, eps) for eps in grid.SETTINGS[dataset].eps})
+def captioned(
+    table: Callable[[pd.DataFrame, str, float], str], records: pd.DataFrame, dataset: str | None = None
+) -> str:
+    """A table of each radius of a data set, or of all data sets, under its caption; without those that are empty."""
+    found = {
+        f"eps {radius(eps)}" if dataset else place(name, eps): table(records, name, eps)
+        for name in ([dataset] if dataset else grid.SETTINGS)
+        for eps in grid.SETTINGS[name].eps
+    }
+    return "\n".join(f"{caption}:\n\n{text}" for caption, text in found.items() if text)

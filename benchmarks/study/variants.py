@@ -1,6 +1,7 @@
 """What the study trains with beside the methods of examples/methods.py: controls, and remedies that were tried."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,34 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChangedCKTAT(CKTAT):
-    """CKTAT with changes, each off by default.
+    """CKTAT with changes, each off by default."""
 
-    Args:
-        one_hot: the labels take the teacher's place, as predictions of probability one.
-        normalized: divide the loss of each sample by 1 + beta_i, so that beta says where to go and not how fast. With
-            S(x) detached, both terms together are (1 + beta_i) times the KL from one mixture of their targets.
-        mixing: False leaves the consistency term out and keeps its weight: (1 + beta_i) times the guidance.
-        shared: without mixing too, compute S(x), so that BatchNorm sees clean and adversarial images together.
-        of_batch: every sample has its batch's mean of beta_i: steps change over time as they do, no sample goes first.
-        mean_1: divide the loss of a batch by the mean of 1 + beta_i: samples differ in weight, and no step is longer.
-        clean_guidance: weight of KL(softmax(T(x)/tau) || softmax(S(x))): the teacher anchors S(x) too.
-        clean_label: weight of the cross-entropy CE(S(x), y): the labels anchor S(x).
-        label: weight of the cross-entropy CE(S(x'), y): the teacher's mistakes are not all that is learned.
-        logit_penalty: weight of the mean square of S(x'), against logits so large that gradients vanish.
-        objective: what the training attack maximises.
-    """
-
-    one_hot: bool = False
+    one_hot: bool = False  # the labels take the teacher's place, as predictions of probability one
+    # Divide the loss of each sample by 1 + beta_i, so that beta says where to go and not how fast. With S(x) detached,
+    # both terms together are (1 + beta_i) times the KL from one mixture of their targets.
     normalized: bool = False
-    mixing: bool = True
-    shared: bool = False
-    of_batch: bool = False
-    mean_1: bool = False
-    clean_guidance: float = 0.0
-    clean_label: float = 0.0
-    label: float = 0.0
-    logit_penalty: float = 0.0
-    objective: Objective = "ce"
+    mixing: bool = True  # False leaves the consistency term out and keeps its weight: (1 + beta_i) times the guidance
+    shared: bool = False  # without mixing too, compute S(x): BatchNorm sees clean and adversarial images together
+    of_batch: bool = False  # every sample has its batch's mean of beta_i: steps change as they do, no sample goes first
+    mean_1: bool = False  # divide a batch's loss by the mean of 1 + beta_i: samples differ in weight, no step is longer
+    clean_guidance: float = 0.0  # weight of KL(softmax(T(x)/tau) || softmax(S(x))): the teacher anchors S(x) too
+    clean_label: float = 0.0  # weight of the cross-entropy CE(S(x), y): the labels anchor S(x)
+    label: float = 0.0  # weight of the cross-entropy CE(S(x'), y): the teacher's mistakes are not all that is learned
+    logit_penalty: float = 0.0  # weight of the mean square of S(x'), against logits so large that gradients vanish
+    objective: Objective = "ce"  # what the training attack maximises
 
     @property
     def clean_forward(self) -> bool:
@@ -51,22 +39,19 @@ class ChangedCKTAT(CKTAT):
         if self.one_hot:
             # At any tau: the other classes' logits are far enough below to have probability zero.
             teacher_logits = torch.zeros_like(adv_logits, dtype=torch.float32).scatter(1, y[:, None], 1e6)
-        guidance, consistency = self.criterion.terms(
-            clean_logits=adv_logits if clean_logits is None else clean_logits,
-            adv_logits=adv_logits,
-            teacher_logits=teacher_logits,
-        )
+        terms = partial(self.criterion.terms, teacher_logits=teacher_logits)
+        clean_or_adv = adv_logits if clean_logits is None else clean_logits  # without S(x) its term goes unused
+        guidance, consistency = terms(clean_logits=clean_or_adv, adv_logits=adv_logits)
         weights = self.weights(adv_logits, y, beta)
-        weights = weights.mean() if self.of_batch else weights
-        per_sample = weights * (consistency if self.mixing else guidance) + (guidance if self.guidance else 0)
+        if self.of_batch:
+            weights = weights.mean()
+        per_sample = guidance + weights * (consistency if self.mixing else guidance)
         if self.normalized:
             per_sample = per_sample / (1 + weights)
         if self.mean_1:
             per_sample = per_sample / (1 + weights).mean()
         if self.clean_guidance:
-            on_clean, _ = self.criterion.terms(
-                clean_logits=clean_logits, adv_logits=clean_logits, teacher_logits=teacher_logits
-            )
+            on_clean, _ = terms(clean_logits=clean_logits, adv_logits=clean_logits)
             per_sample = per_sample + self.clean_guidance * on_clean
         if self.clean_label:
             per_sample = per_sample + self.clean_label * F.cross_entropy(clean_logits.float(), y, reduction="none")
@@ -79,15 +64,10 @@ class ChangedCKTAT(CKTAT):
 
 @dataclass(frozen=True)
 class ChangedTRADES(TRADES):
-    """TRADES with CKTAT's recipe, as far as it is asked for.
+    """TRADES with CKTAT's recipe, as far as it is asked for."""
 
-    Args:
-        detach_clean: no gradient through S(x) in the KL.
-        objective: what the training attack maximises; "ce" starts anywhere in the eps-ball.
-    """
-
-    detach_clean: bool = False
-    objective: Objective = "kl"
+    detach_clean: bool = False  # no gradient through S(x) in the KL
+    objective: Objective = "kl"  # what the training attack maximises; "ce" starts anywhere in the eps-ball
 
     def attack_start(self, x: Tensor) -> Tensor | None:
         return super().attack_start(x) if self.objective == "kl" else None

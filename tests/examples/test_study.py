@@ -66,7 +66,7 @@ def test_every_table_of_the_study_is_in_the_full_grid() -> None:
 
 def test_the_options_of_every_method_are_those_of_the_training_command(study, tmp_path) -> None:
     def config(method: str):
-        return study.one_run.config_of(Run("digits", "digits", method, 0.2, 3), tmp_path, "")
+        return study.one_run.Folder(tmp_path, "").config_of(Run("digits", "digits", method, 0.2, 3))
 
     teacher = config("clean")
     assert (teacher.seed, teacher.epochs, teacher.split_seed) == (3, 25, grid.SPLIT_SEED)
@@ -151,7 +151,7 @@ def test_the_clean_images_are_run_where_the_loss_or_batchnorm_is_to_see_them(stu
 
 def test_five_times_pgd_at_is_that(study, batch, tmp_path) -> None:
     run = replace(RUN, method="pgd-at-times-5")
-    config = study.one_run.config_of(run, tmp_path, "")
+    config = study.one_run.Folder(tmp_path, "").config_of(run)
     method = study.one_run.method_of(run, config, torch.nn.Linear(5, 5))
     loss = method(**{**batch, "clean_logits": None}, beta=config.beta).loss
     torch.testing.assert_close(loss, 5 * F.cross_entropy(batch["adv_logits"], batch["y"]))
@@ -236,7 +236,7 @@ def leave(study, root: Path, run: Run, **values) -> None:
     """The record of a run that is done."""
     path = root / run.name / "record.json"
     path.parent.mkdir(parents=True)
-    numbers = dict.fromkeys(records.RUN[8:17], 0.5)
+    numbers = dict.fromkeys([*records.RUN][8:17], 0.5)
     path.write_text(json.dumps({**asdict(run), **study.one_run.told(run.dataset, run.method, ""), **numbers, **values}))
     (path.parent / "log.csv").write_text(",".join(study.runtime.COLUMNS) + "\n")
 
@@ -329,8 +329,8 @@ def test_nothing_begins_with_a_network_that_is_half_trained(study, tmp_path) -> 
         if epochs:
             path.parent.mkdir(parents=True)
             torch.save({"epoch": epochs, "config": {"epochs": 2}}, path)
-        with pytest.raises(study.one_run.Failed, match=r"clean-eps0\.2-seed0 is not trained to the end"):
-            study.one_run.trained(replace(RUN, method="clean"), tmp_path)
+        with pytest.raises(study.runtime.UserError, match=r"clean-eps0\.2-seed0 is not trained to the end"):
+            study.one_run.Folder(tmp_path, "").trained(replace(RUN, method="clean"))
 
 
 def test_taking_in_runs_loses_none(study, tmp_path) -> None:
@@ -349,9 +349,9 @@ def test_taking_in_runs_loses_none(study, tmp_path) -> None:
 def test_a_process_that_dies_takes_no_other_run_along(tmp_path) -> None:
     dies, lives = "import os; os._exit(3)", f"open({str(tmp_path / 'done')!r}, 'w').close()"
     fails, done = "raise ValueError('because')", []
-    logs = {dies: "dies", lives: "lives", fails: "fails", "pass": "passes"}
+    logs = {work: tmp_path / "logs" / f"{i}.txt" for i, work in enumerate((dies, lives, fails, "pass"))}
     failed = pool.run_all(
-        exec, [[dies, lives, fails], ["pass"]], log=lambda item: tmp_path / "logs" / logs[item], jobs=1, label="",
+        exec, [[dies, lives, fails], ["pass"]], logs=logs, jobs=1, label="",
         done=lambda: done.append(1),
     )  # fmt: skip
     assert failed.keys() == {dies, fails}
@@ -405,9 +405,10 @@ def test_a_study_leaves_a_line_a_run_is_never_done_twice_and_names_what_failed(s
         return {"test_natural": 0.5, "test_autoattack": 0.25, "test_autoattack_images": autoattack_images}
 
     monkeypatch.setattr(study.measure, "on_test", on_test)
-    study.one_run.read_test(RUN, tmp_path, TINY, autoattack_images=3)
+    folder = study.one_run.Folder(tmp_path, TINY)
+    folder.read_test(RUN, autoattack_images=3)
     assert seen == [(500, 0.2, 3)]
-    read = study.one_run.finished(tmp_path)[0].iloc[0]
+    read = folder.finished()["runs"].iloc[0]
     assert [*read[["test_natural", "test_autoattack", "test_autoattack_images"]]] == [0.5, 0.25, 3]
     assert read["apgd"] == pytest.approx(adaptive["apgd"], abs=1e-6)
 
@@ -422,7 +423,7 @@ def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(study, tmp_path)
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
-    assert study.one_run.record_of(replace(RUN, method="pgd-at"), tmp_path / "stopped") is None
+    assert study.one_run.Folder(tmp_path / "stopped", options).record_of(replace(RUN, method="pgd-at")) is None
     assert torch.load(log.with_name("last.pt"))["epoch"] < 30, "stopped too late to show anything"
     for folder in ("stopped", "whole"):
         assert call(*command(tmp_path / folder, "--methods", "pgd-at", options=options)).returncode == 0

@@ -11,10 +11,12 @@ import pytest
 
 image = pytest.importorskip("matplotlib.image")
 pd = pytest.importorskip("pandas")
-pytest.importorskip("scipy")
+for package in ("scipy", "tyro"):
+    pytest.importorskip(package)
 
 from benchmarks import markdown
 from benchmarks.study import claims, figures, grid, records, replication, report, tables
+from benchmarks.study.cells import difference
 from benchmarks.study.paired import interval, paired_differences
 
 with_data = pytest.mark.skipif(
@@ -68,7 +70,7 @@ def test_interval_by_hand() -> None:
     for comparisons, t, clear in ((1, 2.776445, True), (5, 4.604095, False)):
         found, half = interval([1, 2, 3, 4, 5], comparisons), t * math.sqrt(2.5) / math.sqrt(5)
         assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half), rel=1e-6)
-        assert found.clear is clear
+        assert difference(found).startswith("**") is clear
 
 
 @pytest.mark.parametrize(
@@ -82,8 +84,8 @@ def test_no_interval_without_spread(differences) -> None:
     found = interval(differences)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
-    assert not found.clear
     assert found.mean == pytest.approx(differences[0], abs=1e-3)
+    assert "[" not in difference(found)
 
 
 def test_pairs_share_all_but_the_method() -> None:
@@ -91,11 +93,16 @@ def test_pairs_share_all_but_the_method() -> None:
     unpaired = [ours[0] | {"seed": 7}, ours[0] | {"seed": 8, "apgd": None}, theirs[0] | {"seed": 8}]
     other = [ours[0] | {"seed": 3, "eps": 0.12}, ours[0] | {"seed": 3, "arch": "digits-4"}, run("trades", 3)]
     table = runs(*theirs, *reversed(ours), *unpaired, *other)
-    assert [*paired_differences(table, "ramp", "pgd-at", "apgd")] == pytest.approx([10, 5, 9])
-    assert [*paired_differences(table, "pgd-at", "ramp", "apgd")] == pytest.approx([-10, -5, -9])
-    assert paired_differences(table, "ramp", "pgd-at", "test_apgd").empty
-    with pytest.raises(ValueError, match=r"got two of ramp with dataset digits, arch digits, eps 0\.2, seed 0"):
-        paired_differences(runs(*ours, ours[0]), "ramp", "pgd-at", "apgd")
+    ramp, pgd_at = (table[table["method"] == method] for method in ("ramp", "pgd-at"))
+    assert [*paired_differences(ramp, pgd_at, "apgd")] == pytest.approx([10, 5, 9])
+    assert [*paired_differences(pgd_at, ramp, "apgd")] == pytest.approx([-10, -5, -9])
+    assert paired_differences(ramp, pgd_at, "test_apgd").empty
+    twice = runs(*ours, ours[0])
+    for sides in ((twice, pgd_at), (pgd_at, twice)):
+        with pytest.raises(
+            ValueError, match=r"got two of ramp with dataset digits, split_seed 2026, arch digits, eps 0\.2, seed 0"
+        ):
+            paired_differences(*sides, "apgd")
 
 
 # Records.
@@ -111,7 +118,7 @@ def test_the_committed_csvs_are_read_without_loss(tmp_path, name, columns) -> No
     records.write(tmp_path / "again.csv", records.read(path, columns))
     assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
     with pytest.raises(ValueError, match=rf"{name}\.csv must have the columns dataset, .*; got dataset, "):
-        records.read(path, [*columns, "more"])
+        records.read(path, {**columns, "more": str})
 
 
 @with_data
@@ -129,7 +136,7 @@ def test_a_radius_from_a_csv_is_the_settings_one(tmp_path) -> None:
     assert len(records.select(after, "cifar10", 8 / 255)) == 1
     assert len(records.select(after, "cifar10", 4 / 255)) == 0
     theirs = before.assign(method="pgd-at", apgd=0.5)
-    assert [*paired_differences(pd.concat([after, theirs]), "ramp", "pgd-at", "apgd")] == pytest.approx([20])
+    assert [*paired_differences(after, theirs, "apgd")] == pytest.approx([20])
 
 
 # Tables.
@@ -200,7 +207,7 @@ def test_capacity_has_a_column_a_width() -> None:
         *seeds("pgd-at", [0.6]),
         *seeds("pgd-at", [0.1], natural=0.1, arch="digits-32"),
     )
-    head, *rest = lines(tables.capacity_table(table, "digits"))
+    head, *rest = lines(tables.capacity_table(table, "digits", 0.2))
     assert [cell.split(":")[0] for cell in head[1:4]] == ["width 4", "width 16", "width 32"]
     assert rest == [
         ["pgd-at", "-", "90.0 / 60.0", "10.0 / 10.0 (collapsed)", "0 / 1 / 1"],
@@ -230,14 +237,14 @@ def test_agreement_is_of_the_same_runs_alone() -> None:
     there = [*seeds("ramp", [0.70, 0.72]), *seeds("pgd-at", [0.6]), *seeds("literal", [0.1])]
     other = there[3] | {"apgd": 0.5, "epochs": 3}  # of other epochs: no repetition
     here = [there[0] | {"apgd": 0.71}, there[1] | {"apgd": 0.75}, there[2], other]
-    table = tables.agreement_table(runs(*here), runs(*there), "digits", 0.2, "0.1.0")
+    table = tables.agreement_table(runs(*here), runs(*there), "digits", 0.2)
     # t of one degree of freedom is 25.45 at 1 - 0.05 / 4 (two cells): times the standard error of 1 and 3, which is 1.
     assert lines(table) == [
         ["less 0.1.0", "natural", "APGD", "pairs"],
         ["pgd-at", "0.0", "0.0", "1"],
         ["ramp", "0.0", "+2.0 [−23.5, +27.5]", "2"],
     ]
-    assert tables.agreement_table(runs(other), runs(*there), "digits", 0.2, "0.1.0") == ""
+    assert tables.agreement_table(runs(other), runs(*there), "digits", 0.2) == ""
 
 
 def test_methods_are_explained() -> None:
@@ -469,11 +476,10 @@ def test_only_the_named_block_changes(tmp_path) -> None:
     path.write_text("é <!-- begin: a -->\nold\n<!-- end: a --> <!-- begin: b -->b<!-- end: b --> z\n", encoding="utf-8")
     once = "é <!-- begin: a -->\n\n| \\1 |\n\n<!-- end: a --> <!-- begin: b -->b<!-- end: b --> z\n"
     for _ in range(2):
-        report.write_blocks(path, {"a": "| \\1 |\n"})
+        path.write_text(report.with_blocks(path, {"a": "| \\1 |\n"}), encoding="utf-8")
         assert path.read_text(encoding="utf-8") == once
     with pytest.raises(ValueError, match=r"a\.md: .* <!-- begin: c --> and <!-- end: c -->"):
-        report.write_blocks(path, {"a": "new", "c": "new"})
-    assert path.read_text(encoding="utf-8") == once
+        report.with_blocks(path, {"a": "new", "c": "new"})
 
 
 BEGIN, END = "<!-- begin: a -->", "<!-- end: a -->"
@@ -497,36 +503,31 @@ def pages(tmp_path) -> Path:
 NOTHING = records.frame([], records.REPLICATION)
 
 
-def written(pages: Path, results: report.Results, folder: str = "figures") -> list[str]:
-    return [str(path.relative_to(pages)) for path in report.report(results, pages / folder, root=pages)]
+def written(pages: Path, results: report.Results) -> list[str]:
+    return [str(path.relative_to(pages)) for path in report.report(results, pages)]
 
 
-@pytest.fixture(scope="module")
-def made_up() -> report.Results:
+def test_report_writes_what_there_is_data_for_and_the_same_bytes_again(pages) -> None:
     grid_runs = grid.grid("digits", None, range(2), full=True)
     rows = [run(r.method, r.seed, 0.9, 0.5 + 0.01 * r.seed, arch=r.arch, eps=r.eps) for r in grid_runs]
-    return report.Results(runs(*rows), curves("literal", "adaptive", "ramp"), runs(), NOTHING)
-
-
-def test_report_writes_what_there_is_data_for_and_the_same_bytes_again(pages, made_up) -> None:
+    made_up = report.Results(runs(*rows), curves("literal", "adaptive", "ramp"), runs(), NOTHING)
     pictures = ["sweeps", "trade_off", "collapse_and_rescue-digits", "errors_per_epoch-digits", "weights-digits"]
     before = (pages / "README.md").read_text()
-    assert written(pages, made_up) == [*(f"figures/{name}.png" for name in pictures), "docs/study.md", "README.md"]
-    texts = [(pages / name).read_text() for name in ("docs/study.md", "README.md")]
-    written(pages, made_up, "again")
-    assert texts == [(pages / name).read_text() for name in ("docs/study.md", "README.md")]
-    for name in pictures:
-        content = (pages / "figures" / f"{name}.png").read_bytes()
-        assert content == (pages / "again" / f"{name}.png").read_bytes()
-        assert b"Software" not in content
-        assert b"tIME" not in content
-        assert min(image.imread(pages / "figures" / f"{name}.png").shape[:2]) > 400
-    blocks = report.study_blocks(made_up)
+    names = [*(f"docs/study/{name}.png" for name in pictures), "docs/study.md", "README.md"]
+    assert written(pages, made_up) == names
+    once = {name: (pages / name).read_bytes() for name in names}
+    written(pages, made_up)
+    assert once == {name: (pages / name).read_bytes() for name in names}
+    for name in names[: len(pictures)]:
+        assert b"Software" not in once[name]
+        assert b"tIME" not in once[name]
+        assert min(image.imread(pages / name).shape[:2]) > 400
+    blocks = report.pages(made_up)["docs/study.md"]
     assert [name for name, text in blocks.items() if text.startswith("Not run")] == [
         "main-mnist5k", "main-cifar10", "test", "claims", "claims-again", "agreement",
         "replication-digits", "replication-mnist5k", "replication-together",
     ]  # fmt: skip
-    study, readme = texts
+    study, readme = (once[name].decode() for name in names[len(pictures) :])
     for name, text in blocks.items():
         body = f"\n{text.strip()}\n\n" if text else ""
         assert f"<!-- begin: {name} -->\n{body}<!-- end: {name} -->" in study
@@ -543,7 +544,7 @@ def test_report_writes_what_there_is_data_for_and_the_same_bytes_again(pages, ma
 
 def test_what_a_new_csv_lacks_does_not_keep_its_old_numbers(pages) -> None:
     few = report.Results(runs(run("pgd-at", natural=0.823)), curves(), runs(), NOTHING)
-    assert written(pages, few) == ["figures/trade_off.png", "docs/study.md", "README.md"]
+    assert written(pages, few) == ["docs/study/trade_off.png", "docs/study.md", "README.md"]
     study = (pages / "docs/study.md").read_text()
     assert "| pgd-at | 82.3 |" in study
     assert len(re.findall("^Not run yet.$", study, re.MULTILINE)) == 13
@@ -556,11 +557,7 @@ def test_what_a_new_csv_lacks_does_not_keep_its_old_numbers(pages) -> None:
 
 @with_data
 def test_the_committed_pages_are_what_the_committed_csvs_say() -> None:
-    results = report.load()
-    for name, blocks in (
-        ("docs/study.md", report.study_blocks(results)),
-        ("README.md", report.readme_blocks(results.runs)),
-    ):
+    for name, blocks in report.pages(report.load()).items():
         text = (report.ROOT / name).read_text()
         for block, content in blocks.items():
             assert markdown.replaced(text, block, content) == text, f"{block} in {name}: make study ARGS=--report"
