@@ -3,6 +3,7 @@
 The first two are ours, from pgd.py. AutoAttack's are those of pyautoattack, its authors' code as a package.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,8 @@ def autoattack(
     ball = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
     targets = min(budget.targets, classes - 1)
     # Steps go in here: APGD derives the checkpoints of its step size from them, so setting n_iter later is too late.
-    apgd = {**ball, "n_iter": budget.apgd_steps, "logger": _Quiet()}
+    # Its warnings of zero gradients would come with every batch: diagnostics.py counts them once, for all attacks.
+    apgd = {**ball, "n_iter": budget.apgd_steps, "logger": logging.Logger("APGD", logging.ERROR)}
     apgd_ce = APGDAttack(model, loss="ce", **apgd)
     apgd_t = APGDAttack_targeted(model, n_target_classes=targets, **apgd)
     fab_t = FABAttack_PT(model, targeted=True, n_target_classes=targets, n_iter=budget.fab_steps, **ball)
@@ -76,9 +78,3 @@ def autoattack(
         Attack("FAB-T", {"steps": budget.fab_steps, "restarts": 1, "targets": targets}, fab_t.perturb),
         Attack("Square", {"queries": budget.square_queries, "restarts": 1}, square.perturb),
     )
-
-
-class _Quiet:
-    """Takes APGD's remarks on zero gradients, batch by batch: diagnostics.py counts them once, for all attacks."""
-
-    def warning(self, message: str) -> None: ...

@@ -282,6 +282,8 @@ def _fake() -> tuple[Images, Images]:
     labels = torch.arange(768) % 10
     patterns = torch.rand(10, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
     images = (255 * (0.7 * patterns[labels] + 0.3 * torch.rand(768, 3, 32, 32, generator=generator))).to(torch.uint8)
-    train, test = (Images(images[part], labels[part].tolist(), nn.Identity()) for part in (slice(640), slice(640, None)))
+    train, test = (
+        Images(images[part], labels[part].tolist(), nn.Identity()) for part in (slice(640), slice(640, None))
+    )
     train.transform = _crop(32, flip=False)
     return train, test

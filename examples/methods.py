@@ -91,9 +91,7 @@ class TRADES(Method):
         """Next to x, where the KL is 0 and has no gradient."""
         return x + 0.001 * torch.randn_like(x)
 
-    def __call__(
-        self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: None, y: Tensor, beta: float
-    ) -> Terms:
+    def __call__(self, *, clean_logits: Tensor, adv_logits: Tensor, y: Tensor, beta: float, **_: object) -> Terms:
         clean, adv = clean_logits.float(), adv_logits.float()
         consistency = F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
         return Terms(F.cross_entropy(clean, y) + beta * consistency, consistency=consistency.detach())
@@ -104,9 +102,7 @@ class PGDAT(Method):
 
     clean_forward = False
 
-    def __call__(
-        self, *, clean_logits: None, adv_logits: Tensor, teacher_logits: None, y: Tensor, beta: float
-    ) -> Terms:
+    def __call__(self, *, adv_logits: Tensor, y: Tensor, **_: object) -> Terms:
         return Terms(F.cross_entropy(adv_logits.float(), y))
 
 
@@ -115,7 +111,5 @@ class Clean(Method):
 
     objective = None
 
-    def __call__(
-        self, *, clean_logits: Tensor, adv_logits: None, teacher_logits: None, y: Tensor, beta: float
-    ) -> Terms:
+    def __call__(self, *, clean_logits: Tensor, y: Tensor, **_: object) -> Terms:
         return Terms(F.cross_entropy(clean_logits.float(), y))

@@ -49,7 +49,7 @@ def pgd(
     """Adversarial examples for `x`: within eps of it, and within [0, 1].
 
     Args:
-        model: images to logits (N, C); compiled or wrapped in DDP too, and under autocast. It is in eval mode meanwhile.
+        model: images to logits (N, C), in eval mode meanwhile; compiled or wrapped in DDP too, and under autocast.
         x: images (N, ...) in [0, 1].
         y: classes (N,). "kl" does not look at them.
         eps: radius of the ball, in pixel values where 1 is black to white: of each pixel ("linf", usually 8/255) or
