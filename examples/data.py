@@ -37,7 +37,6 @@ class MissingData(Exception):
     """Files are not where they should be; the message says what to do."""
 
 
-@dataclass
 class Images(Dataset[Sample]):
     """Images and their classes.
 
@@ -47,9 +46,8 @@ class Images(Dataset[Sample]):
         transform: from one of `images` to uint8 (C, H, W); where it draws, from torch's global generator.
     """
 
-    images: Tensor | Sequence[str]
-    labels: Sequence[int]
-    transform: Transform
+    def __init__(self, images: Tensor | Sequence[str], labels: Sequence[int], transform: Transform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -59,9 +57,10 @@ class Images(Dataset[Sample]):
 
     def part(self, indices: list[int], transform: Transform) -> "Images":
         """Some of the images, with a transform of their own."""
-        whole = self.images
-        images = whole[indices] if isinstance(whole, Tensor) else [whole[i] for i in indices]
-        return Images(images, [self.labels[i] for i in indices], transform)
+        images, labels = ([values[i] for i in indices] for values in (self.images, self.labels))
+        if isinstance(self.images, Tensor):
+            images = self.images[indices]
+        return Images(images, labels, transform)
 
 
 @dataclass(frozen=True)

@@ -222,12 +222,12 @@ def markdown(rows: Sequence[Row], findings: Findings, facts: dict[str, Any]) -> 
 def save(folder: Path, rows: Sequence[Row], findings: Findings, facts: dict[str, Any]) -> list[Path]:
     """Write evaluation-NORM-EPS.json and .md, each in one move."""
     report = {**facts, "rows": [asdict(row) for row in rows], "findings": findings}
-    texts = {"json": json.dumps(report, indent=2) + "\n", "md": markdown(rows, findings, facts)}
-    paths = [folder / f"evaluation-{facts['norm']}-{facts['eps']:.4g}.{suffix}" for suffix in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        with replacing(path) as file:
+    name = f"evaluation-{facts['norm']}-{facts['eps']:.4g}"
+    texts = {f"{name}.json": json.dumps(report, indent=2) + "\n", f"{name}.md": markdown(rows, findings, facts)}
+    for file_name, text in texts.items():
+        with replacing(folder / file_name) as file:
             file.write(text.encode())
-    return paths
+    return [folder / file_name for file_name in texts]
 
 
 def writable(folder: Path) -> Path:
