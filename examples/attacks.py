@@ -3,18 +3,17 @@
 The first two are ours, from pgd.py. AutoAttack's are those of pyautoattack, its authors' code as a package.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
-from pgd import direction, eval_mode, pgd, project, random_in_ball
+from pgd import Norm, Objective, pgd
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
-
-Norm = Literal["linf", "l2"]
 
 
 @dataclass(frozen=True)
@@ -36,38 +35,22 @@ class Budget:
     square_queries: int = 5000
 
 
-def pgd_attack(model: nn.Module, *, steps: int, norm: Norm, eps: float) -> Attack:
-    """PGD on the cross-entropy with steps of eps/4 and one random start; the last iterate counts."""
-
-    def perturb(x: Tensor, y: Tensor) -> Tensor:
-        return pgd(model, x, y, eps=eps, step=eps / 4, steps=steps, norm=norm)
-
-    return Attack(f"PGD-{steps}", {"steps": steps, "step": eps / 4, "restarts": 1}, perturb)
-
-
-def cw_attack(model: nn.Module, *, steps: int, norm: Norm, eps: float) -> Attack:
-    """PGD on the margin of Carlini and Wagner, max over j != y of z_j - z_y, as the field reports "CW" within an eps.
-
-    Not their own attack, which looks for the smallest change. Unlike the cross-entropy's, the margin's gradient does
-    not vanish where the model is very sure.
-    """
-
-    def perturb(x: Tensor, y: Tensor) -> Tensor:
-        x_adv = project(x + random_in_ball(x, eps, norm), x, eps, norm)
-        with eval_mode(model), torch.enable_grad():
-            for _ in range(steps):
-                x_adv = x_adv.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(margin(model(x_adv), y).sum(), x_adv)
-                x_adv = project(x_adv.detach() + eps / 4 * direction(gradient, norm), x, eps, norm)
-        return x_adv.detach()
-
-    return Attack(f"CW-{steps}", {"steps": steps, "step": eps / 4, "restarts": 1}, perturb)
+def pgd_attack(
+    model: nn.Module, *, steps: int, norm: Norm, eps: float, name: str = "PGD", objective: Objective = "ce"
+) -> Attack:
+    """PGD with steps of eps/4 and one random start; the last iterate counts."""
+    perturb = partial(pgd, model, eps=eps, step=eps / 4, steps=steps, norm=norm, objective=objective)
+    return Attack(f"{name}-{steps}", {"steps": steps, "step": eps / 4, "restarts": 1}, perturb)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The best wrong logit less that of the label: (N, C), (N,) to (N,). Above 0, the model is wrong."""
-    label = torch.zeros_like(logits, dtype=torch.bool).scatter(1, y[:, None], True)
-    return logits.masked_fill(label, -torch.inf).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
+    """max over j != y of z_j - z_y, above 0 where the model is wrong: (N, C), (N,) to (N,).
+
+    PGD on it is what the field reports as "CW" within an eps, after Carlini and Wagner, whose own attack looks for the
+    smallest change. Unlike the cross-entropy's, its gradient does not vanish where the model is very sure.
+    """
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
 
 def autoattack(
@@ -81,7 +64,8 @@ def autoattack(
     ball = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
     targets = min(budget.targets, classes - 1)
     # Steps go in here: APGD derives the checkpoints of its step size from them, so setting n_iter later is too late.
-    apgd = {**ball, "n_iter": budget.apgd_steps, "logger": _Quiet()}
+    # Its warnings of zero gradients would come with every batch: diagnostics.py counts them once, for all attacks.
+    apgd = {**ball, "n_iter": budget.apgd_steps, "logger": logging.Logger("APGD", logging.ERROR)}
     apgd_ce = APGDAttack(model, loss="ce", **apgd)
     apgd_t = APGDAttack_targeted(model, n_target_classes=targets, **apgd)
     fab_t = FABAttack_PT(model, targeted=True, n_target_classes=targets, n_iter=budget.fab_steps, **ball)
@@ -94,9 +78,3 @@ def autoattack(
         Attack("FAB-T", {"steps": budget.fab_steps, "restarts": 1, "targets": targets}, fab_t.perturb),
         Attack("Square", {"queries": budget.square_queries, "restarts": 1}, square.perturb),
     )
-
-
-class _Quiet:
-    """Takes APGD's remarks on zero gradients, batch by batch: diagnostics.py counts them once, for all attacks."""
-
-    def warning(self, message: str) -> None: ...

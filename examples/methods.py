@@ -5,7 +5,7 @@ the frozen teacher on clean images (`teacher_logits`). Losses are float32 under 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,16 @@ class Terms(NamedTuple):
     consistency: Tensor | None = None
 
 
-class Method(Protocol):
-    """What train.py trains with. A method of your own needs these four, and CKTAT or TRADES to inherit from."""
+class Method:
+    """What train.py trains with. A method of your own inherits from it; from CKTAT if it needs the teacher's logits."""
 
-    objective: ClassVar[Objective | None]  # what the training attack maximises; None: there is no attack
-    clean_forward: ClassVar[bool]  # whether the loss needs S(x)
+    # What the training attack maximises, a function as staticmethod(function); None: there is no attack.
+    objective: ClassVar[Objective | None] = "ce"
+    clean_forward: ClassVar[bool] = True  # whether the loss needs S(x)
 
     def attack_start(self, x: Tensor) -> Tensor | None:
         """Images to begin the attack at; None: anywhere in the eps-ball."""
+        return None
 
     def __call__(
         self,
@@ -42,10 +44,11 @@ class Method(Protocol):
         beta: float,
     ) -> Terms:
         """The loss of a batch, from the logits that the method asks for; the others are None."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class CKTAT:
+class CKTAT(Method):
     """mean_i [ KL(softmax(T(x)/tau) || softmax S(x')) + beta_i * KL(softmax S(x) || softmax S(x')) ].
 
     Eq. 17 of arXiv 2504.00038, with beta_i in the place of beta.
@@ -58,12 +61,6 @@ class CKTAT:
 
     criterion: CKTATLoss
     guidance: bool = True
-
-    objective: ClassVar[Objective] = "ce"
-    clean_forward: ClassVar[bool] = True
-
-    def attack_start(self, x: Tensor) -> None:
-        """Anywhere in the eps-ball."""
 
     def __call__(
         self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: Tensor, y: Tensor, beta: float
@@ -82,55 +79,37 @@ class CKTAT:
         return adaptive_beta(adv_logits, y, beta=beta) if self.criterion.adaptive else beta
 
 
-@dataclass(frozen=True)
-class TRADES:
+class TRADES(Method):
     """CE(S(x), y) + beta * KL(softmax S(x) || softmax S(x')), means over the batch.
 
     Zhang et al. 2019 (arXiv 1901.08573). Its attack maximises the KL, from where its authors' code begins.
     """
 
-    objective: ClassVar[Objective] = "kl"
-    clean_forward: ClassVar[bool] = True
+    objective = "kl"
 
-    def attack_start(self, x: Tensor) -> Tensor:
+    def attack_start(self, x: Tensor) -> Tensor | None:
         """Next to x, where the KL is 0 and has no gradient."""
         return x + 0.001 * torch.randn_like(x)
 
-    def __call__(
-        self, *, clean_logits: Tensor, adv_logits: Tensor, teacher_logits: None, y: Tensor, beta: float
-    ) -> Terms:
+    def __call__(self, *, clean_logits: Tensor, adv_logits: Tensor, y: Tensor, beta: float, **_: object) -> Terms:
         clean, adv = clean_logits.float(), adv_logits.float()
         consistency = F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
         return Terms(F.cross_entropy(clean, y) + beta * consistency, consistency=consistency.detach())
 
 
-@dataclass(frozen=True)
-class PGDAT:
+class PGDAT(Method):
     """CE(S(x'), y), mean over the batch; S(x) is not computed. Madry et al. 2018 (arXiv 1706.06083)."""
 
-    objective: ClassVar[Objective] = "ce"
-    clean_forward: ClassVar[bool] = False
+    clean_forward = False
 
-    def attack_start(self, x: Tensor) -> None:
-        """Anywhere in the eps-ball."""
-
-    def __call__(
-        self, *, clean_logits: None, adv_logits: Tensor, teacher_logits: None, y: Tensor, beta: float
-    ) -> Terms:
+    def __call__(self, *, adv_logits: Tensor, y: Tensor, **_: object) -> Terms:
         return Terms(F.cross_entropy(adv_logits.float(), y))
 
 
-@dataclass(frozen=True)
-class Clean:
+class Clean(Method):
     """CE(S(x), y), mean over the batch: no attack. It trains the teacher."""
 
-    objective: ClassVar[None] = None
-    clean_forward: ClassVar[bool] = True
+    objective = None
 
-    def attack_start(self, x: Tensor) -> None:
-        """There is no attack."""
-
-    def __call__(
-        self, *, clean_logits: Tensor, adv_logits: None, teacher_logits: None, y: Tensor, beta: float
-    ) -> Terms:
+    def __call__(self, *, clean_logits: Tensor, y: Tensor, **_: object) -> Terms:
         return Terms(F.cross_entropy(clean_logits.float(), y))

@@ -15,14 +15,7 @@ from runtime import load
 from torch import Tensor, nn
 
 ARCHITECTURES = (
-    "resnet18",
-    "preact-resnet18",
-    "wrn-34-10",
-    "wrn-DEPTH-WIDTH",
-    "digits",
-    "digits-WIDTH",
-    "torchvision:NAME",
-    "timm:NAME",
+    "resnet18, preact-resnet18, wrn-34-10, wrn-DEPTH-WIDTH, digits, digits-WIDTH, torchvision:NAME or timm:NAME"
 )
 
 
@@ -45,8 +38,8 @@ def build(
         channels: of the images. torchvision's and timm's models need 1 or 3; one is repeated to three.
         mean, std: of the pixels, a value a channel or one for all; the default normalises nothing, as TRADES.
 
-    A ViT is made for `size` if its patches tile that; images that are too small for an architecture (or
-    not of its one size) are resized inside the model to 224 x 224, its `resize` module.
+    A ViT is made for `size` if its patches tile that. Images that are too small for an architecture, or not of its one
+    size, are resized inside the model to 224 x 224, its `resize` module.
 
     Raises:
         ValueError: an unknown architecture, or one that does not take such images.
@@ -60,22 +53,23 @@ def build(
         net = PreActResNet(channels, classes, widths=(64, 64, 128, 256, 512), blocks=2)
     elif wrn := re.fullmatch(r"wrn-(\d+)-(\d+)", arch):
         net = wide_resnet(int(wrn[1]), int(wrn[2]), channels, classes)
-    elif digits := re.fullmatch(r"digits(?:-(\d+))?", arch):
+    elif digits := re.fullmatch(r"digits(?:-([1-9]\d*))?", arch):
         if size not in (8, 28) or channels != 1:
-            raise ValueError(
-                f"arch 'digits' takes images of 1 x 8 x 8 or 1 x 28 x 28, got {channels} x {size} x {size}"
-            )
-        if digits[1] and not int(digits[1]):
-            raise ValueError("arch 'digits-WIDTH' must have a width from 1, got 0")
+            shape = f"{channels} x {size} x {size}"
+            raise ValueError(f"arch 'digits' takes images of 1 x 8 x 8 or 1 x 28 x 28, got {shape}")
         net = DigitNet(int(digits[1] or 16), classes, size)
     elif arch.startswith(("torchvision:", "timm:")):
-        net = _from_library(*arch.split(":", 1), classes, size)
         if channels not in (1, 3):
             raise ValueError(f"arch {arch!r} takes images of 1 or 3 channels, got {channels}")
-        before += [("rgb", RGB())] if channels == 1 else []
-        before += [] if _takes(net, size) else [("resize", Resize(224))]
+        from torchvision.transforms import v2  # no other architecture needs it
+
+        library, name = arch.split(":", 1)
+        net = (_from_timm if library == "timm" else _from_torchvision)(name, classes, size)
+        before += [("rgb", v2.RGB())] if channels == 1 else []
+        # A part of the model, so that attacks see the images as they came.
+        before += [] if _takes(net, size) else [("resize", v2.Resize(224))]
     else:
-        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        raise ValueError(f"arch must be one of {ARCHITECTURES}, got {arch!r}")
     return nn.Sequential(OrderedDict([*before, ("net", net)]))
 
 
@@ -212,7 +206,7 @@ def wide_resnet(depth: int, width: int, channels: int, classes: int) -> PreActRe
 
 
 class DigitBlock(nn.Module):
-    """Two 3x3 convolutions around a residual connection."""
+    """BasicBlock without BatchNorm in its shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -241,40 +235,8 @@ class DigitNet(nn.Sequential):
         super().__init__(stem, *blocks, nn.Flatten(), nn.Linear(2 * width * side * side, classes))
 
 
-class RGB(nn.Module):
-    """One channel as three equal ones."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.expand(-1, 3, -1, -1)
-
-
-class Resize(nn.Module):
-    """Bilinear to size x size: a part of the model, so that attacks see the images as they came."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-
-    def extra_repr(self) -> str:
-        return f"size={self.size}"
-
-
-def _from_library(library: str, name: str, classes: int, size: int) -> nn.Module:
-    """The bare model of three channels. Transformers of fixed size are made for the images, where those fit."""
-    if library == "timm":
-        try:
-            import timm  # only these architectures need it
-        except ImportError:
-            raise ValueError(f"arch 'timm:{name}' comes with the package timm: pip install timm") from None
-        if not timm.is_model(name):
-            raise ValueError(f"arch 'timm:NAME' must name one of timm.list_models(), got {name!r}")
-        try:
-            return timm.create_model(name, num_classes=classes, img_size=size)
-        except (TypeError, AssertionError, ValueError):  # it has no such option, or none of such a size
-            return timm.create_model(name, num_classes=classes)
+def _from_torchvision(name: str, classes: int, size: int) -> nn.Module:
+    """For three channels. A transformer is made for the images, where its patches tile them."""
     from torchvision import models
 
     if name not in (known := models.list_models(module=models)):
@@ -285,6 +247,20 @@ def _from_library(library: str, name: str, classes: int, size: int) -> nn.Module
     if name.startswith("vit_") and size % int(name.rpartition("_")[2]) == 0:
         options["image_size"] = size
     return models.get_model(name, weights=None, num_classes=classes, **options)
+
+
+def _from_timm(name: str, classes: int, size: int) -> nn.Module:
+    """For three channels, and made for the images, where the model can be."""
+    try:
+        import timm  # only these architectures need it
+    except ImportError:
+        raise ValueError(f"arch 'timm:{name}' comes with the package timm: pip install timm") from None
+    if not timm.is_model(name):
+        raise ValueError(f"arch 'timm:NAME' must name one of timm.list_models(), got {name!r}")
+    try:
+        return timm.create_model(name, num_classes=classes, img_size=size)
+    except (TypeError, AssertionError, ValueError):  # it has no such option, or none of such a size
+        return timm.create_model(name, num_classes=classes)
 
 
 def _takes(net: nn.Module, size: int) -> bool:

@@ -40,15 +40,15 @@ class Options:
 def load(folder: Path) -> list[Row]:
     """The rows of a run."""
     path = folder / "log.csv"
+    needed = {"epoch", *(column for columns in PANELS.values() for column in columns.values())}
     try:
         rows = read_log(path)
+        if not rows or not all(needed <= row.keys() and row["epoch"] is not None for row in rows):
+            raise ValueError("it lacks columns or lines")
     except OSError:
         raise UserError(f"{folder} has no log.csv: name the --out folder of a run that finished an epoch") from None
     except (ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is not a log of train.py, or broken ({error})") from None
-    needed = {"epoch", *(column for columns in PANELS.values() for column in columns.values())}
-    if not rows or not all(needed <= row.keys() and row["epoch"] is not None for row in rows):
-        raise UserError(f"{path} is not a log of train.py, or broken (it lacks columns or lines)")
     return rows
 
 

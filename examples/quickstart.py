@@ -5,13 +5,13 @@
 1. Train a teacher on clean digits.   2. Start a student from its weights.   3. Train the student on adversarial
 images with `CKTATLoss`.   4. Attack both with PGD-20, APGD-CE and APGD-T.   5. Print a table, save a picture.
 
-`train_student` has the lines to copy into a project of your own, and pgd.py the attack.
+The loss in `train_student` has the lines to copy into a project of your own, and pgd.py the attack.
 """
 
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -23,7 +23,7 @@ from data import load
 from evaluate import Budget, Evaluation, Findings, Row, writable
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from models import DigitNet
 from pgd import check_length, eval_mode, fraction, pgd
 from runtime import UserError, default, device_of, number, replacing
@@ -91,39 +91,35 @@ class Epoch(NamedTuple):
     robust: float
 
 
-class Trainer:
-    """SGD with Nesterov momentum on a one-cycle learning rate, for teacher and student alike."""
+def fit(
+    model: nn.Module, train: Split, options: Options, epochs: int, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[int, float]]:
+    """Train on `loss_of(x, y)`: SGD with Nesterov momentum on a one-cycle learning rate, for teacher and student alike.
 
-    def __init__(self, model: nn.Module, options: Options, epochs: int, images: int) -> None:
-        self.sgd = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        steps = max(epochs * math.ceil(images / options.batch_size), 6)  # OneCycleLR divides by zero at 5
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.sgd, options.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
-        )
-
-    def step(self, loss: Tensor) -> None:
-        self.sgd.zero_grad()
-        loss.backward()
-        self.sgd.step()
-        self.schedule.step()
-
-
-def batches(split: Split, size: int) -> Iterator[Split]:
-    """One shuffled pass over the data."""
-    for chosen in torch.randperm(len(split[0])).split(size):
-        yield split[0][chosen], split[1][chosen]
+    After each epoch comes its number, from 1, and the loss of its last batch.
+    """
+    images, labels = train
+    steps = max(epochs * math.ceil(len(images) / options.batch_size), 6)  # OneCycleLR divides by zero at 5
+    sgd = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        sgd, options.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+    )
+    for epoch in range(1, epochs + 1):
+        for chosen in torch.randperm(len(images)).split(options.batch_size):
+            loss = loss_of(images[chosen], labels[chosen])
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            schedule.step()
+        yield epoch, loss.item()
 
 
 def train_teacher(train: Split, options: Options) -> nn.Module:
     """Phase 1: cross-entropy on clean images."""
-    teacher = DigitNet().to(options.device)
-    trainer = Trainer(teacher, options, options.teacher_epochs, len(train[0]))
-    for epoch in range(1, options.teacher_epochs + 1):
-        for x, y in batches(train, options.batch_size):
-            loss = F.cross_entropy(teacher(x), y)
-            trainer.step(loss)
-        if epoch % 5 == 0 or epoch == options.teacher_epochs:
-            print(f"teacher: epoch {epoch}/{options.teacher_epochs}: loss {loss.item():.4f}", flush=True)
+    teacher, epochs = DigitNet().to(options.device), options.teacher_epochs
+    for epoch, loss in fit(teacher, train, options, epochs, lambda x, y: F.cross_entropy(teacher(x), y)):
+        if epoch % 5 == 0 or epoch == epochs:
+            print(f"teacher: epoch {epoch}/{epochs}: loss {loss:.4f}", flush=True)
     return teacher
 
 
@@ -135,16 +131,15 @@ def train_student(
     warm_start(student, teacher)
     adaptive = options.recipe == "adaptive"
     criterion = CKTATLoss(teacher, tau=options.tau, beta=options.beta, adaptive=adaptive, detach_clean=adaptive)
-    trainer = Trainer(student, options, options.epochs, len(train[0]))
-    curves = [validate(student, criterion, validation, options.eps)]
 
-    for epoch in range(1, options.epochs + 1):
-        for x, y in batches(train, options.batch_size):
-            x_adv = pgd(student, x, y, eps=options.eps, step=options.eps / 4, steps=STEPS)
-            # One pass for both: the BatchNorms see clean and adversarial images together.
-            clean_logits, adv_logits = student(torch.cat([x, x_adv])).chunk(2)
-            loss = criterion(clean_logits=clean_logits, adv_logits=adv_logits, x=x, y=y if adaptive else None)
-            trainer.step(loss)
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        x_adv = pgd(student, x, y, eps=options.eps, step=options.eps / 4, steps=STEPS)
+        # One pass for both: the BatchNorms see clean and adversarial images together.
+        clean_logits, adv_logits = student(torch.cat([x, x_adv])).chunk(2)
+        return criterion(clean_logits=clean_logits, adv_logits=adv_logits, x=x, y=y if adaptive else None)
+
+    curves = [validate(student, criterion, validation, options.eps)]
+    for epoch, _ in fit(student, train, options, options.epochs, loss_of):
         curves.append(now := validate(student, criterion, validation, options.eps))
         print(
             f"student: epoch {epoch}/{options.epochs}: guidance {now.guidance:.3f}, consistency {now.consistency:.3f}, "
@@ -237,11 +232,10 @@ def draw_curves(left: Axes, right: Axes, curves: list[Epoch]) -> None:
     left.plot(guidance, color=BLUE, label=r"guidance  $\mathrm{KL}(p_t \| p_a)$")
     left.plot(consistency, color=ORANGE, label=r"consistency  $\mathrm{KL}(p_c \| p_a)$")
     left.set_title("Loss terms, validation data", loc="left", size=11, color=INK)
-    left.set_yscale("log")
+    left.set_yscale("log", subs=[])  # no minor ticks
     left.set_ylim(bottom=max(left.get_ylim()[0], 0.02))  # after a collapse, the consistency term is 0
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    left.yaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_formatter("{x:g}")
     right.plot(clean, color=BLUE, label="clean")
     right.plot(robust, color=ORANGE, label="under PGD")
     right.set_title("Student's accuracy, validation data", loc="left", size=11, color=INK)

@@ -1,6 +1,7 @@
 """examples/data.py: splits, augmentation, and batches that follow from (seed, epoch) alone. Nothing is downloaded."""
 
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.examples_path import imported
+from tests.examples_path import EXAMPLES, imported
 
-pytest.importorskip("torchvision")
+torchvision = pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")
 Image = pytest.importorskip("PIL.Image")
@@ -119,6 +120,18 @@ def test_fake_images_can_be_told_apart(fake):
     assert (nearest == torch.tensor(fake.test.labels)).float().mean() > 0.95
 
 
+def test_torchvision_is_imported_by_the_data_sets_that_need_it_alone():
+    program = """
+import sys, data
+from pathlib import Path
+for name in ("digits", "fake"):
+    data.load(name, Path(), download=False, seed=0, validation=10)
+    print("torchvision" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False", "True"]
+
+
 def test_a_data_set_can_be_sent_to_another_process(fake):
     copy = pickle.loads(pickle.dumps(fake.train))
     assert torch.equal(copy.images, fake.train.images)
@@ -216,7 +229,7 @@ def test_digits_and_whatever_is_not_trained_on_are_left_alone(fake, digits):
 
 
 @pytest.fixture
-def torchvision_sets(data, monkeypatch):
+def torchvision_sets(monkeypatch):
     """CIFAR-10 and SVHN as torchvision hands them over, but small: 30 training images and 20 for testing."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     classes = [i % 10 for i in range(30)]
@@ -229,8 +242,8 @@ def torchvision_sets(data, monkeypatch):
         n = 30 if split == "train" else 20
         return SimpleNamespace(data=pixels[:n].transpose(0, 3, 1, 2), labels=np.array(classes[:n]))
 
-    monkeypatch.setattr(data.datasets, "CIFAR10", cifar10)
-    monkeypatch.setattr(data.datasets, "SVHN", svhn)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
+    monkeypatch.setattr(torchvision.datasets, "SVHN", svhn)
     return pixels
 
 
@@ -437,7 +450,7 @@ def test_a_download_that_fails_is_told(data, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise URLError("no route to host")
 
-    monkeypatch.setattr(data.datasets.CIFAR10, "download", fail)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fail)
     message = "CIFAR10 could not be downloaded .*no route to host.*try --download again, or put its folder cifar-10"
     with pytest.raises(data.MissingData, match=message):
         data.load("cifar10", tmp_path, download=True, seed=0, validation=0)
