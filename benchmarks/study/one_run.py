@@ -68,6 +68,8 @@ class Folder:
     def read_test(self, run: Run, autoattack_images: int) -> None:
         """Add to the record of a finished run what the test images say: the final read."""
         config = self.config_of(run)
+        if config.threads is not None:  # as in training: runs side by side must not fight for the cores
+            torch.set_num_threads(config.threads)
         device = device_of(config.device)
         images = train.open_data(config, Ranks(device)).test
         measured = measure.on_test(self.trained(run).to(device), images, run.eps, autoattack_images)
