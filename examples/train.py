@@ -771,7 +771,7 @@ RECIPES = {  # how the two terms of CKTAT are balanced
 VALIDATION = {"digits": 200, "mnist5k": 500, "fake": 128}  # images held out; 1000 of the others, as Rice et al. 2020
 
 _OF_CKTAT = ("recipe", "tau", "detach_clean", "adaptive_beta", "no_guidance", "no_consistency")
-_OF_ATTACKS = ("norm", "eps", "step_size", "steps", "eps_ramp", "awp", "two_forwards", "beta", "beta_ramp")
+_OF_ATTACKS = ("eps", "step_size", "eps_ramp", "awp", "two_forwards", "beta", "beta_ramp")
 NOT_FOR = {
     "clean": (*_OF_CKTAT, *_OF_ATTACKS, "teacher", "no_warm_start"),
     "cktat": (),
@@ -821,8 +821,7 @@ def _check(config: Config) -> None:
         if wrong:
             raise UserError(f"--{name.replace('_', '-')}: {why}")
 
-    usual = asdict(Config())
-    given = {name for name, value in asdict(config).items() if value not in (None, False, 0, usual[name])}
+    given = {name for name, value in asdict(config).items() if value not in (None, False, 0)}
     for name in NOT_FOR[config.method]:
         refuse(name in given, name, f"is not for --method {config.method}")
     needs_teacher = config.method == "cktat" and not config.teacher

@@ -563,7 +563,6 @@ def test_help_explains_every_option_with_its_default(examples, capsys, monkeypat
         (["--teacher", "t", "--no-consistency", "--beta", "3"], "--beta: weighs what --no-consistency leaves out"),
         (["--teacher", "t", "--no-consistency", "--beta-ramp", "0.5"], "--beta-ramp: weighs what --no-consistency"),
         (["--method", "clean"], "--eps: is not for --method clean"),
-        (["--method", "clean", "--norm", "l2"], "--norm: is not for --method clean"),
         (["--method", "trades", "--no-warm-start"], "--no-warm-start: needs --teacher"),
         (["--method", "pgd-at", "--schedule", "cosine", "--lr-drops", "1"], "--lr-drops: is for --schedule piecewise"),
         (["--method", "pgd-at", "--eps", "8"], "got 8: pixels are in [0, 1], so write 8/255"),

@@ -43,9 +43,9 @@ def simplified():
         def choose(arch, classes, **facts):
             return plain_net(arch, classes) if arch == "plain" else build(arch, classes, **facts)
 
-        def attack(*arguments, **options):
+        def attack(model, x, y, **options):
             ce = options.get("objective") == "ce"
-            return pgd(*arguments, **{**options, "random_start": False} if ce else options)
+            return pgd(model, x, y, **{**options, "start": x} if ce else options)
 
         def plain_teacher(path):
             model = plain_net("plain", 10)
