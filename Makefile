@@ -13,7 +13,7 @@ FLOOR := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject
 FLOOR_PYTHON ?= $(or $(firstword $(PYTHONS)),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-fast test-library test-torch test-triton test-floor test-versions lint docs mutants \
+.PHONY: help demo study test test-fast test-library test-examples test-triton test-floor test-versions lint docs mutants \
         bench kernels gpu
 
 help:  ## this list
@@ -30,13 +30,13 @@ test-fast: $(VENV)/.test  ## lint, types and the tests of the library
 
 test: $(VENV)/.test-all  ## all that CI checks: lint, docs, every test, and those of the loss again on the Triton kernels
 	$(MAKE) lint docs
-	$(MAKE) --jobs=2 --output-sync=target test-torch test-triton
+	$(MAKE) --jobs=2 --output-sync=target test-examples test-triton test-library
 
-test-library: $(VENV)/.test
+test-library: $(VENV)/.test  ## the tests of the library alone (ARGS="-k masks" for a part of them)
 	$(RUN) -m pytest --ignore=tests/examples $(ARGS)
 
-test-torch: $(VENV)/.test-all  ## every test but those on the kernels (ARGS="-k masks" for a part of them)
-	$(RUN) -m pytest $(ARGS)
+test-examples: $(VENV)/.test-all  ## the tests of examples, benchmarks and study
+	$(RUN) -m pytest tests/examples $(ARGS)
 
 test-triton: $(VENV)/.test  ## the tests of the loss again, on the Triton kernels, in Triton's interpreter
 	$(RUN) -m pytest -m interpreter --ignore=tests/examples $(ARGS)

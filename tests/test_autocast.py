@@ -63,9 +63,12 @@ def test_training_step(half: torch.dtype) -> None:
 
 @pytest.mark.slow_on_a_gpu
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("double", [False, pytest.param(True, marks=pytest.mark.torch_only)])
 @pytest.mark.parametrize("shape", [(5, 10), (8, 1000)], ids=str)
-def test_mixed_dtypes(shape: tuple[int, int], form: Form) -> None:
+def test_mixed_dtypes(shape: tuple[int, int], double: bool, form: Form) -> None:
     for dtypes in itertools.product(oracle.TOLERANCES, repeat=3):
+        if (torch.float64 in dtypes) != double:
+            continue
         logits = [(3 * torch.randn(shape, dtype=torch.float64)).to(dtype) for dtype in dtypes]
         rows, d_clean, d_adv = form(*logits, TAU, BETA)
         assert rows.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
