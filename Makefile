@@ -76,10 +76,9 @@ $(VENV)/.%: pyproject.toml | $(RUN)
 	touch $@
 
 # The documentation is read from the sources: it needs no torch, and torchattacks would hold it to an old requests.
-$(VENV)-docs/.done: docs/requirements.txt
-	$(PYTHON) -m venv $(VENV)-docs
+$(VENV)-docs/.done: docs/requirements.txt | $(VENV)-docs/bin/python
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-$(RUN):
-	$(PYTHON) -m venv $(VENV)
+%/bin/python:
+	$(PYTHON) -m venv $*
