@@ -57,10 +57,8 @@ class Images(Dataset[Sample]):
 
     def part(self, indices: list[int], transform: Transform) -> "Images":
         """Some of the images, with a transform of their own."""
-        images, labels = ([values[i] for i in indices] for values in (self.images, self.labels))
-        if isinstance(self.images, Tensor):
-            images = self.images[indices]
-        return Images(images, labels, transform)
+        images = self.images[indices] if isinstance(self.images, Tensor) else [self.images[i] for i in indices]
+        return Images(images, [self.labels[i] for i in indices], transform)
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from attacks import Attack, Budget, autoattack, margin, pgd_attack
-from data import DATASETS, Data, MissingData, Sample, load
+from data import DATASETS, Data, MissingData, Sample, load, loader
 from diagnostics import ADVICE, Findings, inspect_budget, inspect_model, inspect_results
 from models import from_checkpoint
 from pgd import EPS, Norm, check_length, fraction
 from runtime import UserError, default, device_of, number, replacing
 from runtime import load as load_checkpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -183,10 +183,10 @@ class Evaluation:
 
     def _batches(self, which: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (N,) bool that are named, and their classes, on the device."""
-        chosen = Subset(self.dataset, which.nonzero().squeeze(1).tolist())
-        # A loader draws a number too: from a generator of its own, since attacks draw from the global one.
-        for x, y in DataLoader(chosen, self.batch, num_workers=self.workers, generator=torch.Generator()):
-            yield x.to(self.device), y.to(self.device)
+        if which.any():
+            chosen = Subset(self.dataset, which.nonzero().squeeze(1).tolist())
+            for x, y in loader(chosen, batch=self.batch, seed=0, epoch=0, workers=self.workers, train=False):
+                yield x.to(self.device), y.to(self.device)
 
     def _inside(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Which images (N, ...) lie in the ball and in [0, 1], but for rounding; those with NaN do not."""
