@@ -32,8 +32,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.eager_cost import Cost, counted
+from cktat_loss._plain import Problem
 from cktat_loss.kernels import launch
-from cktat_loss.plain import Problem
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Forward without gradients, and with them; its backward; a backward with an upstream gradient and a beta for each row;

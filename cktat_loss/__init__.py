@@ -1,10 +1,9 @@
 """The CKTAT loss for adversarial training (arXiv 2504.00038)."""
 
 from cktat_loss import functional
-from cktat_loss.functional import CKTATTerms
+from cktat_loss._warm_start import WarmStartReport, warm_start
+from cktat_loss.functional import CKTATTerms, adaptive_beta
 from cktat_loss.loss import CKTATLoss
-from cktat_loss.transfer import WarmStartReport, warm_start
-from cktat_loss.weights import adaptive_beta
 
 __version__ = "0.2.0"
 

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from cktat_loss import autograd, checks
-from cktat_loss.plain import Problem
+from cktat_loss import _autograd, _checks, _plain
+from cktat_loss._plain import Problem
 
-__all__ = ["CKTATTerms", "cktat_loss", "cktat_terms"]
+__all__ = ["CKTATTerms", "adaptive_beta", "cktat_loss", "cktat_terms"]
 
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "torch"]
@@ -114,17 +114,17 @@ def cktat_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in adv.grad[0].tolist()]
         (2.0778, [-2.5158, 2.5158])
     """
-    checks.logits(clean_logits, adv_logits, teacher_logits)
-    tau, beta = checks.tau(tau), checks.sample_weights(beta, adv_logits, y)
+    _checks.logits(clean_logits, adv_logits, teacher_logits)
+    tau, beta = _checks.tau(tau), _checks.sample_weights(beta, adv_logits, y)
     if y is not None:
-        checks.labels(y, adv_logits)
-    checks.reduction(reduction)
-    checks.backend(backend, clean_logits, adv_logits, teacher_logits)
-    checks.flag("detach_clean", detach_clean)
-    checks.flag("return_terms", return_terms)
+        _checks.labels(y, adv_logits)
+    _checks.reduction(reduction)
+    _checks.backend(backend, clean_logits, adv_logits, teacher_logits)
+    _checks.flag("detach_clean", detach_clean)
+    _checks.flag("return_terms", return_terms)
     clean = clean_logits.detach() if detach_clean else clean_logits
     problem = Problem(clean, adv_logits, teacher_logits, tau, beta, y, reduction)
-    loss, guidance, consistency, _ = autograd.compute(problem, return_terms, backend)
+    loss, guidance, consistency, _ = _autograd.compute(problem, return_terms, backend)
     assert loss is not None
     if not return_terms:
         return loss
@@ -156,13 +156,45 @@ def cktat_terms(
         >>> terms.guidance.item(), terms.consistency.item()
         (0.0, 0.0)
     """
-    checks.logits(clean_logits, adv_logits, teacher_logits)
-    tau = checks.tau(tau)
-    checks.backend(backend, clean_logits, adv_logits, teacher_logits)
-    checks.flag("detach_clean", detach_clean)
+    _checks.logits(clean_logits, adv_logits, teacher_logits)
+    tau = _checks.tau(tau)
+    _checks.backend(backend, clean_logits, adv_logits, teacher_logits)
+    _checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
     problem = Problem(clean, adv_logits, teacher_logits, tau, 1.0, None, "terms")
-    _, guidance, consistency, _ = autograd.compute(problem, True, backend)
+    _, guidance, consistency, _ = _autograd.compute(problem, True, backend)
     assert guidance is not None
     assert consistency is not None
     return CKTATTerms(guidance, consistency)
+
+
+def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
+    """Sample weights for the consistency term: ``beta * softmax(S(x'))[y]``.
+
+    A sample whose attack succeeds has little probability left on its label, and so little weight: consistency is asked
+    for only where the adversarial prediction deserves it. This is our recipe, not the paper's; use it with
+    ``detach_clean=True``.
+
+    Args:
+        adv_logits: student on adversarial inputs, (N, C), floating.
+        y: labels, (N,), integer, in [0, C). Where looking would wait for a device or stop a compiler, another value
+            gives NaN for its sample.
+        beta: the largest weight, finite and >= 0.
+
+    Returns:
+        (N,), detached: float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value; on an eager CPU a label that is no class.
+
+    Examples:
+        >>> import torch
+        >>> adaptive_beta(torch.tensor([[0.0, 0.0], [9.0, -9.0]]), torch.tensor([0, 1]), beta=6.0)
+        tensor([3.0000e+00, 9.1380e-08])
+    """
+    _checks.one_logits("adv_logits", adv_logits)
+    _checks.labels(y, adv_logits)
+    beta = _checks.beta(beta)
+    p = adv_logits.detach().softmax(1, dtype=_plain.compute_dtype(adv_logits))
+    return _plain.label_weights(p, y, beta)

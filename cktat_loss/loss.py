@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cktat_loss import checks, functional
+from cktat_loss import _checks, functional
+from cktat_loss._state_dicts import unwrap
 from cktat_loss.functional import Backend, CKTATTerms, Reduction
-from cktat_loss.state_dicts import unwrap
 
 
 class CKTATLoss(nn.Module):
@@ -86,10 +86,10 @@ class CKTATLoss(nn.Module):
     ) -> None:
         super().__init__()
         if teacher is not None and not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher must be a torch.nn.Module or None, got {checks.describe(teacher)}")
+            raise TypeError(f"teacher must be a torch.nn.Module or None, got {_checks.describe(teacher)}")
         self.tau, self.beta, self.adaptive = tau, beta, adaptive
         self.reduction, self.detach_clean, self.backend = reduction, detach_clean, backend
-        if checks.flag("copy_teacher", copy_teacher) and teacher is not None:
+        if _checks.flag("copy_teacher", copy_teacher) and teacher is not None:
             teacher = _frozen_copy(teacher)
         # Past nn.Module's own bookkeeping: what it registers, it trains, saves and counts as parameters.
         self.__dict__["_teacher"] = teacher
@@ -104,9 +104,9 @@ class CKTATLoss(nn.Module):
         if name == "teacher":
             raise AttributeError("teacher cannot be assigned: make a new criterion")
         if name in ("adaptive", "detach_clean"):
-            value = checks.flag(name, value)
+            value = _checks.flag(name, value)
         elif name in ("tau", "beta", "reduction", "backend"):
-            value = getattr(checks, name)(value)
+            value = getattr(_checks, name)(value)
         super().__setattr__(name, value)
 
     def forward(
@@ -135,7 +135,7 @@ class CKTATLoss(nn.Module):
         if self.adaptive and y is None:
             raise ValueError("y must be given in every call of a criterion with adaptive=True, got None")
         if y is not None and not self.adaptive:
-            raise ValueError(f"y must be None unless the criterion has adaptive=True, got {checks.describe(y)}")
+            raise ValueError(f"y must be None unless the criterion has adaptive=True, got {_checks.describe(y)}")
         return functional.cktat_loss(  # type: ignore[call-overload,no-any-return]  # knows no plain bool
             clean_logits,
             adv_logits,
@@ -188,7 +188,7 @@ class CKTATLoss(nn.Module):
             for module in training:
                 module.training = True
         if not isinstance(logits, Tensor):
-            raise TypeError(f"teacher(x) must be a tensor of logits (N, C), got {checks.describe(logits)}")
+            raise TypeError(f"teacher(x) must be a tensor of logits (N, C), got {_checks.describe(logits)}")
         return logits
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CKTATLoss:

@@ -1,4 +1,4 @@
-"""The Triton backend, imported as ``cktat_loss.kernels``: a ``forward`` and a ``backward`` as in ``plain.py``.
+"""The Triton backend, imported as ``cktat_loss.kernels``: a ``forward`` and a ``backward`` as in ``_plain.py``.
 
 Triton is imported with the first launch, not with the package: it is slow to import, and not there on every machine.
 """

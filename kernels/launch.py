@@ -1,4 +1,4 @@
-"""Which kernel, which tile, how many warps, for which shape; and the launches that autograd.py asks for.
+"""Which kernel, which tile, how many warps, for which shape; and the launches that _autograd.py asks for.
 
 Logits are (N, C) in half or single precision, with any strides. Nothing here reads device data or allocates by it: no
 synchronisation, and every call can be captured in a CUDA graph. Nothing looks at the device either:
@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cktat_loss.plain import Gradients, Pass, Problem, Upstream, upstream_weights
+from cktat_loss._plain import Gradients, Pass, Problem, Upstream, upstream_weights
 
 from .rows import rows_kernel
 from .streaming import streaming_kernel
@@ -181,7 +181,7 @@ def gradients_like(clean: Tensor, adv: Tensor, needed: tuple[bool, ...]) -> Grad
 
 
 def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
-    """As ``plain.forward``, with the gradients for an upstream gradient of one.
+    """As ``_plain.forward``, with the gradients for an upstream gradient of one.
 
     3 element moves a logit position and one for each gradient; with gradients of more than 4,096 classes 3 more. One
     launch; where several programs share a mean or a sum, torch adds up what each of them has made of it.
@@ -212,7 +212,7 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
 
 
 def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:
-    """As ``plain.backward``. One launch.
+    """As ``_plain.backward``. One launch.
 
     It returns at once where the gradients held are right already, for an upstream gradient of one; else it computes
     them anew, scaled before the cast, into the same memory.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cktat_loss import adaptive_beta, autograd, functional, plain
+from cktat_loss import _autograd, _plain, adaptive_beta, functional
 from tests import oracle
 
 Result = tuple[Tensor, Tensor, Tensor]
@@ -81,7 +81,7 @@ def total(*args: Any) -> Result:
 
 def without_branches(*args: Any) -> Result:
     """By plain ops, as on devices where Python must not look at values."""
-    with patch.object(autograd, "_choose", lambda *_: plain):
+    with patch.object(_autograd, "_choose", lambda *_: _plain):
         return rows(*args)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cktat_loss import closed_form
+from cktat_loss import _cpu
 from cktat_loss.functional import cktat_loss
 from tests import oracle
 from tests.forms import DTYPES, FLOAT64, FORMS, Form, compiled, labels
@@ -89,7 +89,7 @@ def test_offset_of_1000(shape: tuple[int, int], dtype: torch.dtype, form: Form) 
 def test_blocks_have_no_seams(form: Form, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the block, and with a weight for each row, the rows come out in their places."""
     *args, beta = case((100, 100), 4, torch.float32, 0.7, 5.3)
-    monkeypatch.setattr(closed_form, "BLOCK_ELEMENTS_PER_THREAD", step * 100)
+    monkeypatch.setattr(_cpu, "BLOCK_ELEMENTS_PER_THREAD", step * 100)
     beta = beta if form.labelled else torch.rand(100)
     oracle.assert_right(*form(*args, beta), form.truth(*args, beta), 2e-5)
 

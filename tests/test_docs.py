@@ -28,8 +28,8 @@ def test_doctests(name):
         ("loss", "CKTATLoss"),
         ("functional", "cktat_loss"),
         ("functional", "cktat_terms"),
-        ("weights", "adaptive_beta"),
-        ("transfer", "warm_start"),
+        ("functional", "adaptive_beta"),
+        ("_warm_start", "warm_start"),
     ],
 )
 def test_what_is_public_has_an_example(module, name):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cktat_loss import CKTATLoss, autograd, functional, kernels
+from cktat_loss import CKTATLoss, _autograd, functional, kernels
 from tests import oracle
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -40,7 +40,7 @@ def held(loss: Tensor) -> list[Tensor | None]:
 
 
 def test_on_cpu_tensors_by_name_alone(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "_choose", autograd._choose.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(_autograd, "_choose", _autograd._choose.__wrapped__)  # type: ignore[attr-defined]
     for backend in ("auto", "torch"):
         functional.cktat_loss(*logits(), backend=backend).backward()  # type: ignore[arg-type]
     assert launches == []

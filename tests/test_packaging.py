@@ -178,4 +178,4 @@ def test_names():
     assert CKTATTerms._fields == ("guidance", "consistency")
     assert [*inspect.signature(WarmStartReport).parameters] == ["copied", "missing", "unexpected", "mismatched"]
     assert issubclass(CKTATLoss, nn.Module)
-    assert functional.__all__ == ["CKTATTerms", "cktat_loss", "cktat_terms"]
+    assert functional.__all__ == ["CKTATTerms", "adaptive_beta", "cktat_loss", "cktat_terms"]

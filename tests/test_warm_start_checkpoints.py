@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from cktat_loss import warm_start
-from cktat_loss.state_dicts import ENTRIES
+from cktat_loss._state_dicts import ENTRIES
 
 
 def net() -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from cktat_loss import WarmStartReport, warm_start
-from cktat_loss.state_dicts import _unwrapped, pair
+from cktat_loss._state_dicts import _unwrapped, pair
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "parallel": DataParallel,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cktat_loss import CKTATTerms, autograd, functional, kernels
+from cktat_loss import CKTATTerms, _autograd, functional, kernels
 from tests import forms, oracle
 
 
@@ -22,7 +22,7 @@ def to_triton(mode: str) -> None:
         patch_the_language_once()
         launch.rows_tile = many_rows_a_program(launch.rows_tile)
         oracle.LOST_TO_ROUNDING[torch.bfloat16] = 1.0
-        autograd._choose = to_the_interpreter(autograd._choose)
+        _autograd._choose = to_the_interpreter(_autograd._choose)
         return
     for name in ("cktat_loss", "cktat_terms"):
         setattr(functional, name, on_the_gpu(getattr(functional, name)))

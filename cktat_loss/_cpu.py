@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cktat_loss import plain
-from cktat_loss.plain import Gradients, Pass, Problem, Upstream
+from cktat_loss import _plain
+from cktat_loss._plain import Gradients, Pass, Problem, Upstream
 
 # Large enough to amortise the calls of PyTorch, some thirty a block; small enough for a core's share of the cache.
 # A block takes up to 8 elements a logit position for itself, 1.6 MB.
@@ -55,10 +55,10 @@ class _Divergences(NamedTuple):
 
 
 def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
-    """As ``plain.forward``, with the gradients of the rows' sum, not cast. Those of "terms" are left for later."""
+    """As ``_plain.forward``, with the gradients of the rows' sum, not cast. Those of "terms" are left for later."""
     only_terms = problem.reduction == "terms"
     rows = _rows(problem, None, (False, False) if only_terms else needed)
-    loss = None if only_terms else plain.reduced(rows.guidance, rows.consistency, rows.beta, problem.reduction)
+    loss = None if only_terms else _plain.reduced(rows.guidance, rows.consistency, rows.beta, problem.reduction)
     held = None if only_terms else (rows.d_clean, rows.d_adv)
     if not return_terms:
         return Pass(loss, None, None, held)
@@ -67,8 +67,8 @@ def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> P
 
 
 def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:
-    """As ``plain.backward``: the gradients of the forward pass, scaled; or computed now."""
-    w_guidance, w_consistency = plain.upstream_weights(problem, upstream)
+    """As ``_plain.backward``: the gradients of the forward pass, scaled; or computed now."""
+    w_guidance, w_consistency = _plain.upstream_weights(problem, upstream)
     if problem.reduction == "terms":
         d_clean, d_adv = _rows(problem._replace(beta=w_consistency), w_guidance, needed)[3:]
     else:
@@ -112,7 +112,7 @@ def _rows(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...])
 def _block(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...]) -> _Rows:
     few = problem.adv.numel() <= FEW_CALLS_UP_TO_ELEMENTS
     found = (_all_at_once if few else _one_by_one)(*problem[:4])
-    beta = problem.beta if problem.y is None else plain.label_weights(found.p_adv, problem.y, problem.beta)
+    beta = problem.beta if problem.y is None else _plain.label_weights(found.p_adv, problem.y, problem.beta)
     return _Rows(found.guidance, found.consistency, beta, *_gradients_(found, w_guidance, beta, needed))
 
 
@@ -205,12 +205,12 @@ def _termwise_(d: Tensor, p: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
     """KL of each row without cancellation, with no select over the elements where none is needed. Overwrites d."""
     if p.amin().item() == 0:
         d.masked_fill_(p == 0, 1.0)
-    if d.abs().amax().item() < plain.SERIES_BELOW:
-        *lower, highest = plain.SERIES  # as in plain.kl_elements, in place
+    if d.abs().amax().item() < _plain.SERIES_BELOW:
+        *lower, highest = _plain.SERIES  # as in _plain.kl_elements, in place
         elements = d * highest
         for coefficient in reversed(lower):
             elements.add_(coefficient).mul_(d)
         elements.mul_(d).mul_(p)
     else:
-        elements = plain.kl_elements(p, d, p_a.index_select(0, rows))
+        elements = _plain.kl_elements(p, d, p_a.index_select(0, rows))
     return elements.sum(1).clamp_(min=0)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cktat_loss import closed_form, kernels, plain
-from cktat_loss.plain import Gradients, Pass, Problem, Upstream
+from cktat_loss import _cpu, _plain, kernels
+from cktat_loss._plain import Gradients, Pass, Problem, Upstream
 
 
 def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
@@ -19,10 +19,10 @@ def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
         problem = problem._replace(teacher=problem.teacher.detach())
     clean, adv, teacher, tau, beta, y, reduction = problem
     if transformed:  # derivatives and maps of any kind, by plain ops alone
-        return plain.forward(problem, return_terms, (True, True))
+        return _plain.forward(problem, return_terms, (True, True))
     if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
         guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
-        return plain.from_terms(problem, guidance, consistency, return_terms)
+        return _plain.from_terms(problem, guidance, consistency, return_terms)
     chosen = _choose(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
         clean, adv, teacher = _savable(clean), _savable(adv), _savable(teacher)
@@ -81,12 +81,12 @@ class _InGraph(torch.autograd.Function):
     def forward(ctx: Any, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         ctx.tau = tau
         ctx.save_for_backward(clean, adv, teacher)
-        return plain.terms(clean, adv, teacher, tau)
+        return _plain.terms(clean, adv, teacher, tau)
 
     @staticmethod
     def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:
         clean, adv, teacher = ctx.saved_tensors
-        d_clean, d_adv = plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency)
+        d_clean, d_adv = _plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency)
         weight = (w_guidance + w_consistency).unsqueeze(1)
         return _bound_to(clean, d_clean, w_consistency.unsqueeze(1)), _bound_to(adv, d_adv, weight), None, None
 
@@ -105,15 +105,15 @@ def _choose(backend: str, *logits: Tensor) -> ModuleType:
     on_cpu = logits[0].device.type == "cpu"
     # In Triton's interpreter the kernels take CPU tensors too, but only where asked for by name.
     if backend == "triton" or (backend == "auto" and not on_cpu and all(map(kernels.supports, logits))):
-        return kernels  # what "triton" needs, checks.py has seen to
+        return kernels  # what "triton" needs, _checks.py has seen to
     # A subclass may have no data to look at: a fake tensor has none.
     branches = on_cpu and all(type(x) in kernels.PLAIN and x.dtype != torch.float64 for x in logits)
-    return closed_form if branches else plain
+    return _cpu if branches else _plain
 
 
 def _transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is at work. A private name, the same since 2.0."""
-    return plain.transformed() or torch.autograd.forward_ad._current_level >= 0
+    return _plain.transformed() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _savable(x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _differentiable_backward(problem: Problem, upstream: Upstream, needed: tuple
     with torch.enable_grad():
         # Views: if one of the two depends on the other, each gradient must still be the partial one.
         clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
-        out = plain.forward(problem._replace(clean=clean, adv=adv), True, needed)
+        out = _plain.forward(problem._replace(clean=clean, adv=adv), True, needed)
     values = (out.guidance, out.consistency) if out.loss is None else (out.loss,)
     used = [(value, u) for value, u in zip(values, upstream, strict=True) if value is not None and u is not None]
     found = torch.autograd.grad(

@@ -10,8 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from cktat_loss import checks
-from cktat_loss.state_dicts import find_weights, pair
+from cktat_loss import _checks
+from cktat_loss._state_dicts import find_weights, pair
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def warm_start(
     """
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
-    checks.flag("strict", strict)
+    _checks.flag("strict", strict)
     targets, sources = find_weights("student", student), find_weights("teacher", teacher)
     written = {_memory(target) for target in targets.values()}
     shared = [name for name, source in sources.items() if _memory(source) in written]

@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cktat_loss import kernels, plain
+from cktat_loss import _plain, kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_NEEDS = "it needs Triton and a CUDA or ROCm GPU; use 'auto' or 'torch'"
@@ -123,7 +123,7 @@ def labels(y: Tensor, of: Tensor) -> None:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or plain.transformed()
+    return torch.compiler.is_compiling() or _plain.transformed()
 
 
 def sample_weights(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> float | Tensor:
