@@ -80,5 +80,7 @@ $(VENV)-docs/.done: docs/requirements.txt | $(VENV)-docs/bin/python
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
+# Without this line make would delete the interpreter, as the intermediate file of a chain of rules.
+.PRECIOUS: %/bin/python
 %/bin/python:
 	$(PYTHON) -m venv $*
