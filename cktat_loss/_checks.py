@@ -82,12 +82,17 @@ def logits(clean: Tensor, adv: Tensor, teacher: Tensor) -> None:
             raise ValueError(f"{name} must be on the device of clean_logits, {device}, got {describe(x)}")
 
 
-def one_logits(name: str, x: Tensor) -> None:
-    """Dense floating (N, C) with C >= 1."""
+def tensor(name: str, x: Tensor) -> None:
+    """Check that ``x`` is a tensor. The error for a model's output object points at its ``.logits``."""
     if not isinstance(x, Tensor):
         has_logits = isinstance(getattr(x, "logits", None), Tensor)
         got = f"a {type(x).__name__}: pass its .logits" if has_logits else describe(x)
         raise TypeError(f"{name} must be a tensor of logits (N, C), got {got}")
+
+
+def one_logits(name: str, x: Tensor) -> None:
+    """Check one tensor of logits: dense, floating, (N, C) with C >= 1."""
+    tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(x)}")
     dense(name, x, "(N, C)")
