@@ -13,10 +13,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cktat_loss import _plain, kernels
+from cktat_loss import kernels
+from cktat_loss._backends import is_traced
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NOT_SUBCLASSED = (Tensor, torch.nn.Parameter)
 TRITON_NEEDS = "it needs Triton and a CUDA or ROCm GPU; use 'auto' or 'torch'"
 HALF_OF_THE_SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-150, (2 - 2.0**-23) * 2.0**127
 
@@ -89,7 +89,7 @@ def logits(clean: Tensor, adv: Tensor, teacher: Tensor) -> None:
 def combinable(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Check that torch can combine two tensors: of two subclasses of Tensor, one must be a subclass of the other."""
     kind, other_kind = type(x), type(other)
-    if kind is other_kind or kind in NOT_SUBCLASSED or other_kind in NOT_SUBCLASSED or _is_traced():
+    if kind is other_kind or kind in kernels.SUPPORTED_TYPES or other_kind in kernels.SUPPORTED_TYPES or is_traced():
         return
     if not issubclass(kind, other_kind) and not issubclass(other_kind, kind):
         kinds = f"{kind.__name__} and {other_kind.__name__}"
@@ -139,18 +139,14 @@ def labels(y: Tensor, of: Tensor) -> None:
             "y cannot be used with adv_logits that are sharded over classes: redistribute them over samples"
         )
     # Looking costs nothing on an eager CPU only; elsewhere such a label gives NaN.
-    if y.device.type == "cpu" and type(y) is Tensor and y.numel() and not _is_traced():
+    if y.device.type == "cpu" and type(y) is Tensor and y.numel() and not is_traced():
         lowest, highest = y.min().item(), y.max().item()
         if lowest < 0 or highest >= of.shape[1]:
             found = lowest if lowest < 0 else highest
             raise ValueError(f"y must hold labels from 0 to {of.shape[1] - 1}, got {found}")
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or _plain.transformed()
-
-
-def sample_weights(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> float | Tensor:
+def sample_beta(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> float | Tensor:
     """beta: a number >= 0, or without labels a floating tensor, 0-d or (N,), that takes no gradient."""
     if not isinstance(value, Tensor):
         return beta(value)

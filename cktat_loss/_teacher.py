@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from cktat_loss._backends import hooks, is_compiled
 from cktat_loss._state_dicts import WRAPPERS
 
 SHARE_IT = "copy_teacher=False shares it instead"
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def freeze(teacher: nn.Module, *, copied: bool) -> nn.Module:
@@ -43,11 +43,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     A wrapper is kept if taking it off could lose something: a subclass, or one with hooks. Types are compared and no
     attribute is asked for, since a module's own ``__getattr__`` may answer for the module inside it.
     """
-    if any(vars(module)[hooks] for hooks in HOOKS):
+    if hooks(module):
         return module
     if type(module) in WRAPPERS and "forward" not in vars(module):
         return unwrap(module.module)  # type: ignore[arg-type]
-    if _is_compiled(module):
+    if is_compiled(module):
         return unwrap(module._orig_mod)  # type: ignore[arg-type]
     return module
 
@@ -105,10 +105,9 @@ def _check_runnable(teacher: nn.Module) -> None:
 def _check_references(original: nn.Module) -> None:
     """Refuse functions that hold a module in their closure or defaults: deepcopy would go on calling that module."""
     for name, module in original.named_modules():
-        if _is_compiled(module):  # makes its function anew
+        if is_compiled(module):  # makes its function anew
             continue
-        hooks = chain.from_iterable(vars(module)[hooks].values() for hooks in HOOKS)
-        for function in chain(vars(module).values(), hooks):
+        for function in chain(vars(module).values(), hooks(module)):
             if not isinstance(function, FunctionType):
                 continue
             for value in _captured(function):
@@ -178,14 +177,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _count_hooks(module: nn.Module) -> int:
     """Count the hooks of a module without those of torch.export, which its modules' copies replace by guards."""
-    found = chain.from_iterable(vars(module)[hooks].values() for hooks in HOOKS)
-    return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in found)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """True if the module is torch.compile's wrapper. Importing that class would import the compiler."""
-    kind = type(module)
-    return (kind.__module__, kind.__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")
+    return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
 
 
 def _name(module: nn.Module) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cktat_loss import _checks, _teacher, functional
-from cktat_loss.functional import Backend, CKTATTerms, Reduction
+from cktat_loss.functional import BackendName, CKTATTerms, Reduction
 
 
 class CKTATLoss(nn.Module):
@@ -67,7 +67,7 @@ class CKTATLoss(nn.Module):
     adaptive: bool
     reduction: Reduction
     detach_clean: bool
-    backend: Backend
+    backend: BackendName
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class CKTATLoss(nn.Module):
         reduction: Reduction = "mean",
         detach_clean: bool = False,
         copy_teacher: bool = True,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__()
         if teacher is not None and not isinstance(teacher, nn.Module):
