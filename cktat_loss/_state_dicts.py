@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -43,18 +45,19 @@ def find_weights(argument: str, source: object) -> dict[str, Tensor]:
     if isinstance(source, nn.Module):
         if any(map(_is_sharded, source.modules())):
             raise TypeError(f"{argument} must not be sharded: call warm_start before wrapping")
-        return _checked(argument, _unwrapped(source.state_dict(keep_vars=True), source))
+        return _checked(argument, _unwrapped(_state(argument, source), source))
     if not isinstance(source, Mapping):
         kinds = "an nn.Module, a state_dict, a checkpoint or a path"
         raise TypeError(f"{argument} must be {kinds}, got {type(source).__name__}")
-    if all(isinstance(name, str) and (isinstance(value, Tensor) or _is_extra(name)) for name, value in source.items()):
+    others = {name: value for name, value in source.items() if not _is_entry(name, value)}
+    if not others:
         return _checked(argument, source)
-    found = [name for name in ENTRIES if isinstance(source.get(name), (Mapping, nn.Module))]
+    found = [name for name in ENTRIES if _holds_weights(source.get(name))]
     if len(found) == 1:
         return find_weights(argument, source[found[0]])
     if found:  # which of them is meant is never guessed
         raise ValueError(f"{argument} must hold one set of weights, got {', '.join(found)}: pass the one you mean")
-    wanted, got = ", ".join(ENTRIES), ", ".join(map(str, source))
+    wanted, got = ", ".join(ENTRIES), ", ".join(f"{name} ({type(value).__name__})" for name, value in others.items())
     raise ValueError(f"{argument} must hold only tensors, or weights under one of {wanted}, got {got}")
 
 
@@ -66,6 +69,7 @@ def pair(student: Collection[str], teacher: Mapping[str, T]) -> tuple[dict[str, 
     """
     names = {name: name for name in student}
     readings = [(_unwrapped(names, by_name=way), _unwrapped(teacher, by_name=way)) for way in (False, True)]
+    readings = [(ours, _with_new_names(theirs, ours)) for ours, theirs in readings]
     ours, theirs = max(readings, key=lambda reading: len(reading[0].keys() & reading[1].keys()))
     pairs = {name: theirs[clean] for clean, name in ours.items() if clean in theirs}
     return pairs, tuple(clean for clean in theirs if clean not in ours)
@@ -83,7 +87,9 @@ def _unwrapped(state: Mapping[str, T], owner: object = None, *, by_name: bool = 
         children[first + dot][rest] = value
     for child in children:
         if child.endswith("."):
-            children[child] = _unwrapped(children[child], getattr(owner, child[:-1], None), by_name=by_name)
+            # Not getattr: a module may pass unknown names on to another one.
+            inner = dict(owner._modules.items()).get(child[:-1]) if isinstance(owner, nn.Module) else None
+            children[child] = _unwrapped(children[child], inner, by_name=by_name)
     match sorted(children):
         case ["_orig_mod."]:
             return children["_orig_mod."]
@@ -92,26 +98,82 @@ def _unwrapped(state: Mapping[str, T], owner: object = None, *, by_name: bool = 
     return {child + name: value for child, inside in children.items() for name, value in inside.items()}
 
 
-def _read(argument: str, path: Path) -> object:
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument} must be a file, but there is none at {str(path)!r}")
-    by_hand = f"got {str(path)!r}: load it yourself and pass the dict"
-    try:
-        match path.suffix.lower():
-            case ".pt" | ".pth":
-                return torch.load(path, map_location="cpu", weights_only=True)
-            case ".safetensors":
-                from safetensors.torch import load_file
+def _with_new_names(theirs: Mapping[str, T], ours: Collection[str]) -> dict[str, T]:
+    """Rename the ``weight_g`` and ``weight_v`` of the old ``weight_norm`` if the student has the new one's names."""
+    renamed = {}
+    for name, value in theirs.items():
+        new = re.sub(r"(\w+)_([gv])$", lambda old: f"parametrizations.{old[1]}.original{'gv'.index(old[2])}", name)
+        renamed[new if new in ours and new not in theirs and name not in ours else name] = value
+    return renamed
 
-                return load_file(path)
-    except ImportError as error:
-        raise ImportError(f"pip install safetensors to read {argument} {str(path)!r}") from error
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a broken file makes its reader raise nearly anything
+
+def _state(argument: str, module: nn.Module) -> Mapping[str, object]:
+    """Return the module's state_dict.
+
+    A ``state_dict`` of the user's own may know no ``keep_vars``. Then its tensors are usually detached, and share their
+    memory with the module's.
+    """
+    try:
+        state = module.state_dict(keep_vars=True)
+    except TypeError:
+        try:
+            state = module.state_dict()
+        except TypeError as error:
+            wanted = "a state_dict that can be called as nn.Module's (destination, prefix, keep_vars)"
+            raise TypeError(f"{argument}: each of its modules must have {wanted}: {error}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise TypeError(f"{argument}: its state_dict() must return tensors by name, got {type(state).__name__}")
+    return state
+
+
+def _holds_weights(value: object) -> bool:
+    """True for a module, and for a mapping that holds a tensor or a module at any depth."""
+    if isinstance(value, Mapping):
+        return any(isinstance(entry, Tensor) or _holds_weights(entry) for entry in value.values())
+    return isinstance(value, nn.Module)
+
+
+def _read(argument: str, path: Path) -> object:
+    """Load the contents of a file to the CPU. Runs no code from the file."""
+    place = repr(str(path))
+    if not path.is_file():
+        why = f"{place} is a directory" if path.is_dir() else f"there is none at {place}"
+        raise FileNotFoundError(f"{argument} must be a file, but {why}")
+    suffix = path.suffix.lower()
+    by_hand = f"got {place}: load it yourself and pass the dict"
+    if suffix not in (".pt", ".pth", ".safetensors"):
+        raise ValueError(f"{argument} must be a .pt, .pth or .safetensors file, {by_hand}")
+    with path.open("rb") as file:  # If this fails, the OSError names the path.
+        zipped = file.read(4) == b"PK\x03\x04"
+    if suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"pip install safetensors to read {argument} {place}") from error
+    elif zipped and (damage := _damage(path)):
+        raise ValueError(f"{argument} must be a complete and undamaged file, got {place}: {damage}")
+    try:
+        if suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # A broken file makes its reader raise nearly anything, OSError and MemoryError too.
         wanted = "a state_dict or checkpoint that can be read (.pt and .pth: with weights_only=True)"
         raise ValueError(f"{argument} must be {wanted}, {by_hand}") from error
-    raise ValueError(f"{argument} must be a .pt, .pth or .safetensors file, {by_hand}")
+
+
+def _damage(path: Path) -> str:
+    """Describe the first damage to a zip file. The description of a sound file is empty.
+
+    ``torch.load`` doesn't verify checksums. After ``torch.serialization.set_crc32_options(False)``, ``torch.save``
+    writes zeros in their place, and there is nothing to verify.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checksums = any(entry.CRC for entry in archive.infolist())
+            damaged = archive.testzip() if checksums else None
+    except Exception as error:  # A damaged archive makes zipfile raise more than BadZipFile.
+        return f"it is cut off or damaged ({error})"
+    return f"{damaged} doesn't have its checksum" if damaged else ""
 
 
 def _checked(argument: str, state: Mapping[str, object]) -> dict[str, Tensor]:
@@ -127,13 +189,28 @@ def _checked(argument: str, state: Mapping[str, object]) -> dict[str, Tensor]:
             raise ValueError(f"{argument}: {name} must have values, but is lazy: run a forward pass first")
         if tensor.is_meta:
             raise ValueError(f"{argument}: {name} must have values, but is on the meta device")
+        if not _has_memory(tensor):
+            raise TypeError(f"{argument}: {name} must be a tensor with memory of its own, got {type(tensor).__name__}")
         weights[name] = tensor
     return weights
+
+
+def _is_entry(name: object, value: object) -> bool:
+    """True for what a state_dict may hold: a tensor or a module's extra state, by name."""
+    return isinstance(name, str) and (isinstance(value, Tensor) or _is_extra(name))
 
 
 def _is_extra(name: str) -> bool:
     """Whether it is a module's extra state: anything, but not weights."""
     return name.rpartition(".")[2] == "_extra_state"
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for a tensor subclass made of other tensors, for instance a quantised one of torchao's."""
+    try:
+        return tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() >= 0
+    except RuntimeError:
+        return False
 
 
 def _is_sharded(thing: object) -> bool:

@@ -25,7 +25,9 @@ class WarmStartReport:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{group} {len(names)}" for group, names in vars(self).items())
-        return counts + _listed(missing=self.missing, unexpected=self.unexpected, mismatched=self.mismatched)
+        return f"{counts} (non-persistent buffers are never copied)" + _listed(
+            missing=self.missing, unexpected=self.unexpected, mismatched=self.mismatched
+        )
 
 
 def warm_start(
@@ -41,6 +43,11 @@ def warm_start(
     torch.compile and AveragedModel are seen through on both sides, nested in any order. Weights tied in the student
     stay tied, and one of their names in the teacher is enough. ``n_averaged`` and ``_extra_state`` aren't weights and
     are left out. Load hooks don't run.
+
+    Only what is in a state_dict is copied. Non-persistent buffers are in none: the student keeps its own, and the
+    report doesn't list them. A BatchNorm's ``num_batches_tracked`` may be absent from the teacher, as in files made
+    before PyTorch 0.4.1: the student keeps its own and the report doesn't list it. The names of the old ``weight_norm``
+    fit a student that has ``torch.nn.utils.parametrizations.weight_norm``.
 
     Under DistributedDataParallel every rank calls it. A model to be sharded is warm-started before wrapping.
 
@@ -67,7 +74,7 @@ def warm_start(
         >>> from cktat_loss import warm_start
         >>> teacher, student = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
         >>> print(warm_start(student, torch.nn.DataParallel(teacher)))
-        copied 2, missing 0, unexpected 0, mismatched 0
+        copied 2, missing 0, unexpected 0, mismatched 0 (non-persistent buffers are never copied)
         >>> torch.equal(student.weight, teacher.weight)
         True
 
@@ -96,29 +103,51 @@ def warm_start(
             mismatched[name] = f"{name} (tied to {first} in the student, different in the teacher)"
 
     fed = {name for name, target in targets.items() if _place(target) in values}
-    missing = tuple(name for name in targets if name not in pairs and name not in fed)
+    missing = tuple(name for name in targets if name not in pairs and name not in fed and not _spare(name, pairs))
     copied = tuple(name for name in targets if name in fed and name not in mismatched)
     if (strict or not copied) and (missing or unexpected or mismatched):
         misfits = _listed(missing=missing, unexpected=unexpected, mismatched=mismatched.values())
         raise ValueError(f"teacher doesn't fit student, nothing was copied:{misfits}")
-    _check_writable(student, targets)
+    _check_writable(student, {first: (targets[first], value) for first, value in values.values()})
     with torch.no_grad():
         for first, value in values.values():
             targets[first].copy_(value)
     return WarmStartReport(copied, missing, unexpected, tuple(mismatched))
 
 
-def _check_writable(student: nn.Module, targets: Mapping[str, Tensor]) -> None:
-    """Refuse what would fail, or be lost, when half of the weights are written."""
-    own = {id(tensor) for tensor in chain(student.parameters(), student.buffers())}
-    for name, target in targets.items():
-        if id(target) not in own:
+def _check_writable(student: nn.Module, writes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Raise if a write would fail or be lost. Writes nothing into the student.
+
+    Args:
+        writes: each target with the value that it is to get, by name.
+    """
+    own = {_place(tensor) for tensor in chain(student.parameters(), student.buffers())}
+    for name, (target, value) in writes.items():
+        if _place(target) not in own and target.numel():
             raise TypeError(f"student: {name} in its state_dict must be one of its parameters or buffers")
-        try:
-            with torch.no_grad():
-                target.copy_(target.clone())  # changes nothing
-        except RuntimeError as error:  # expanded, or made in inference mode
-            raise ValueError(f"student: {name} must be writable: {error}") from error
+        why = ""
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            why = "it was made in inference mode"
+        elif target.layout is torch.strided and _overlaps(target):
+            why = "several of its elements share memory"
+        else:
+            try:
+                target.detach().clone().copy_(value)
+            except Exception as error:  # A tensor subclass may raise anything.
+                why = str(error)
+        if why:
+            raise ValueError(f"student: {name} must be writable: {why}")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """True if an expanded dimension makes elements share memory, which PyTorch refuses to write to."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _spare(name: str, pairs: Mapping[str, Tensor]) -> bool:
+    """True for the counter of a BatchNorm of which the teacher has the statistics."""
+    owner, dot, kind = name.rpartition(".")
+    return kind == "num_batches_tracked" and f"{owner}{dot}running_mean" in pairs
 
 
 def _form(tensor: Tensor) -> tuple[object, ...]:
@@ -141,7 +170,7 @@ def _place(tensor: Tensor) -> Hashable:
     """Equal for tied tensors; different for the views of one storage that an LSTM's weights are on a GPU."""
     if tensor.layout is not torch.strided:
         return id(tensor)
-    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _listed(**groups: Iterable[str]) -> str:
