@@ -1,4 +1,7 @@
-"""Weights by name, wherever they are: in modules, state_dicts, checkpoints and files, with or without wrappers."""
+"""Find the weights of a module, state_dict, checkpoint or file, and pair them by name.
+
+Wrappers such as DistributedDataParallel put a prefix before the names. The functions here remove it.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from torch.optim.swa_utils import AveragedModel
 
 T = TypeVar("T")
 
-# Each of them keeps the model as its child `module`; torch.compile keeps it as `_orig_mod`.
+# These wrappers keep the model as their child `module`. torch.compile keeps the model as `_orig_mod`.
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
-# Where training scripts keep the weights in a checkpoint.
+# The keys under which training scripts keep the weights in a checkpoint.
 ENTRIES = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "teacher"),
     *("ema", "model_ema", "ema_state_dict", "state_dict_ema"),
@@ -29,16 +32,22 @@ ENTRIES = (
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model itself, without the wrappers around it, nested in any order."""
+    """Return the model inside the wrappers, which may be nested in any order."""
     inner = module.module if isinstance(module, WRAPPERS) else getattr(module, "_orig_mod", None)
     return module if inner is None else unwrap(inner)
 
 
 def find_weights(argument: str, source: object) -> dict[str, Tensor]:
-    """The tensors themselves in a module, a state_dict, a checkpoint or a file, all of them with values.
+    """Return the weights of a module, state_dict, checkpoint or file by name, without copying.
 
-    A module's names are without wrappers; a state_dict's are as they are. Raises what ``warm_start``
-    does, with ``argument`` in the message.
+    The names of a module's weights have no wrappers' prefixes. The names in a state_dict are left as they are.
+
+    Args:
+        argument: the name of ``source`` in error messages.
+        source: whatever ``warm_start`` takes as ``teacher``.
+
+    Raises:
+        TypeError, ValueError, OSError, ImportError: as ``warm_start`` does. Lazy and meta tensors are a ValueError.
     """
     if isinstance(source, (str, os.PathLike)):
         source = _read(argument, Path(source))
@@ -55,17 +64,24 @@ def find_weights(argument: str, source: object) -> dict[str, Tensor]:
     found = [name for name in ENTRIES if _holds_weights(source.get(name))]
     if len(found) == 1:
         return find_weights(argument, source[found[0]])
-    if found:  # which of them is meant is never guessed
+    if found:  # Do not guess.
         raise ValueError(f"{argument} must hold one set of weights, got {', '.join(found)}: pass the one you mean")
     wanted, got = ", ".join(ENTRIES), ", ".join(f"{name} ({type(value).__name__})" for name, value in others.items())
     raise ValueError(f"{argument} must hold only tensors, or weights under one of {wanted}, got {got}")
 
 
 def pair(student: Collection[str], teacher: Mapping[str, T]) -> tuple[dict[str, T], tuple[str, ...]]:
-    """What the teacher has under each of the student's names, and the names that it has besides.
+    """Return the teacher's value for each name of the student, and the teacher's names that the student doesn't have.
 
-    Names alone can't tell a wrapper's ``module`` from a child that somebody called so. Both readings are tried, on both
-    sides alike, and the one in which more names agree is taken.
+    Names alone cannot tell the ``module`` of a wrapper from a child module of that name. So the names are read both
+    ways, student and teacher alike, and the reading in which more names agree is used.
+
+    Args:
+        student: the student's names.
+        teacher: the teacher's values by name.
+
+    Returns:
+        The teacher's values by the student's names, and the unexpected names without wrappers' prefixes.
     """
     names = {name: name for name in student}
     readings = [(_unwrapped(names, by_name=way), _unwrapped(teacher, by_name=way)) for way in (False, True)]
@@ -76,10 +92,14 @@ def pair(student: Collection[str], teacher: Mapping[str, T]) -> tuple[dict[str, 
 
 
 def _unwrapped(state: Mapping[str, T], owner: object = None, *, by_name: bool = False) -> dict[str, T]:
-    """The state under names without wrappers.
+    """Remove the prefixes of wrappers from the names of a state_dict.
 
-    ``_orig_mod`` is always a wrapper's name for the model; ``module`` is if its owner is a wrapper, or if ``by_name``
-    says so for all. Only an only child is taken for one, so no two names become one.
+    ``_orig_mod`` is always a prefix. ``module`` is a prefix if the owner is a wrapper, or if ``by_name``. A prefix is
+    removed only if every other name at its level shares it (``n_averaged`` aside), so two names never become equal.
+
+    Args:
+        owner: the module whose state_dict it is. None if only the names are known.
+        by_name: treat every ``module`` as a wrapper's.
     """
     children: defaultdict[str, dict[str, T]] = defaultdict(dict)
     for name, value in state.items():
@@ -108,10 +128,10 @@ def _with_new_names(theirs: Mapping[str, T], ours: Collection[str]) -> dict[str,
 
 
 def _state(argument: str, module: nn.Module) -> Mapping[str, object]:
-    """Return the module's state_dict.
+    """Return the module's state_dict, if possible with the parameters and buffers themselves.
 
-    A ``state_dict`` of the user's own may know no ``keep_vars``. Then its tensors are usually detached, and share their
-    memory with the module's.
+    A user's own ``state_dict`` may not take ``keep_vars``. Its tensors are then usually detached ones that share memory
+    with the parameters.
     """
     try:
         state = module.state_dict(keep_vars=True)
@@ -140,9 +160,9 @@ def _read(argument: str, path: Path) -> object:
         why = f"{place} is a directory" if path.is_dir() else f"there is none at {place}"
         raise FileNotFoundError(f"{argument} must be a file, but {why}")
     suffix = path.suffix.lower()
-    by_hand = f"got {place}: load it yourself and pass the dict"
+    hint = f"got {place}: load it yourself and pass the dict"
     if suffix not in (".pt", ".pth", ".safetensors"):
-        raise ValueError(f"{argument} must be a .pt, .pth or .safetensors file, {by_hand}")
+        raise ValueError(f"{argument} must be a .pt, .pth or .safetensors file, {hint}")
     with path.open("rb") as file:  # If this fails, the OSError names the path.
         zipped = file.read(4) == b"PK\x03\x04"
     if suffix == ".safetensors":
@@ -158,7 +178,7 @@ def _read(argument: str, path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A broken file makes its reader raise nearly anything, OSError and MemoryError too.
         wanted = "a state_dict or checkpoint that can be read (.pt and .pth: with weights_only=True)"
-        raise ValueError(f"{argument} must be {wanted}, {by_hand}") from error
+        raise ValueError(f"{argument} must be {wanted}, {hint}") from error
 
 
 def _damage(path: Path) -> str:
@@ -177,6 +197,7 @@ def _damage(path: Path) -> str:
 
 
 def _checked(argument: str, state: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the state without extra state. Raise if an entry is not a tensor with values of its own."""
     weights = {}
     for name, tensor in state.items():
         if _is_extra(name):
@@ -196,12 +217,12 @@ def _checked(argument: str, state: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def _is_entry(name: object, value: object) -> bool:
-    """True for what a state_dict may hold: a tensor or a module's extra state, by name."""
+    """True if a state_dict may have this entry: a tensor or a module's extra state under a string."""
     return isinstance(name, str) and (isinstance(value, Tensor) or _is_extra(name))
 
 
 def _is_extra(name: str) -> bool:
-    """Whether it is a module's extra state: anything, but not weights."""
+    """True if the name is that of a module's extra state, which may be any object and is no weight."""
     return name.rpartition(".")[2] == "_extra_state"
 
 
@@ -214,7 +235,8 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _is_sharded(thing: object) -> bool:
-    # By name: importing these classes takes a second, and whoever has one has paid it.
+    """True for a module or tensor that is sharded over several processes."""
+    # Compare names, because importing these classes takes a second.
     names = ("DTensor", "ShardedTensor", "FSDPModule", "FullyShardedDataParallel")
     kinds = type(thing).__mro__
     return any(kind.__name__ in names and kind.__module__.startswith("torch.distributed") for kind in kinds)
