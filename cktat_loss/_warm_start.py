@@ -31,7 +31,6 @@ class WarmStartReport:
     mismatched: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Return the number of names in each group, and all names that were not copied."""
         counts = ", ".join(f"{group} {len(names)}" for group, names in vars(self).items())
         return f"{counts} (non-persistent buffers are never copied)" + _list(
             missing=self.missing, unexpected=self.unexpected, mismatched=self.mismatched
