@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "matplotlib")
 COMPILERS = ("cc", "gcc", "clang")
 PYTEST = ("pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-q", "-rfEs", "--ignore=tests/examples")
-GRACE = 8.0  # seconds between SIGINT and SIGKILL, in which pytest writes its summary
+GRACE = 20.0  # seconds of a part for its summary after SIGINT: xdist waits 10 s for busy workers
 LONGEST = 12_000  # characters of a part's output that the report shows: its end
 
 
@@ -111,13 +111,13 @@ def run(part: Part, minutes: float, end: float) -> Outcome:
             start_new_session=True,
         )
         try:
-            code = process.wait(seconds)
+            code = process.wait(max(seconds - GRACE, seconds / 2))
             state = f"failed (exit status {code})" if code else "good"
         except subprocess.TimeoutExpired:
             state = f"stopped after {seconds:.0f} s"
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+            with suppress(subprocess.TimeoutExpired, ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(min(GRACE, seconds / 2))
         with_children_gone(process)
         file.seek(0)
         printed = file.read()

@@ -59,7 +59,6 @@ def test_a_part_may_sum_up_before_it_is_stopped():
     outcome = gpu.run(gpu.Part("sums up", python(program), share=1.0), minutes=5 / 60, end=time.monotonic() + 60)
     assert outcome.state == "stopped after 5 s"
     assert "the summary" in outcome.printed
-    assert outcome.seconds < 5 + 2 * gpu.GRACE
 
 
 def test_its_shares_leave_room_for_all_but_the_last_parts(tmp_path):
