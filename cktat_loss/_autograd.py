@@ -14,14 +14,18 @@ from cktat_loss._plain import Gradients, Pass, Problem, Upstream
 
 def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
     """The loss or both terms, differentiable in ``clean`` and ``adv`` as often as asked. The teacher is detached."""
-    transformed = _transformed()
-    if transformed or problem.teacher.requires_grad:
-        problem = problem._replace(teacher=problem.teacher.detach())
     clean, adv, teacher, tau, beta, y, reduction = problem
-    if transformed:  # derivatives and maps of any kind, by plain ops alone
+    transformed, compiling = _transformed(), torch.compiler.is_compiling()
+    if transformed or compiling or teacher.requires_grad:
+        teacher = teacher.detach()
+        problem = Problem(clean, adv, teacher, tau, beta, y, reduction)
+    # Plain ops: transforms map and differentiate them. torch.export(strict=True) would drop the backward pass of an
+    # autograd.Function.
+    if transformed or (compiling and _is_exporting()):
         return _plain.forward(problem, return_terms, (True, True))
-    if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
-        guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
+    if compiling:  # plain ops too: the compiler fuses them, and an operator of ours costs its host
+        # A view, because Dynamo does not take one tensor as two inputs of an autograd.Function.
+        guidance, consistency = _InGraph.apply(clean, adv.view_as(adv), teacher, tau)
         return _plain.from_terms(problem, guidance, consistency, return_terms)
     chosen = _choose(backend, clean, adv, teacher)
     if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
@@ -30,6 +34,22 @@ def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
         return Pass(*_Loss.apply(clean, adv, teacher, tau, beta, y, reduction, return_terms, chosen))
     out: Pass = chosen.forward(problem, return_terms, (False, False))
     return out
+
+
+def _is_exporting() -> bool:
+    """True under torch.export, which is the only caller that needs plain differentiable ops in a graph."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().export
+    except AttributeError:  # strict=False does without Dynamo
+        return True
+
+
+if hasattr(torch.compiler, "is_exporting"):
+    _is_exporting = torch.compiler.is_exporting
+else:  # floor: torch 2.6. Dynamo calls a function that is marked so, and takes its result for a constant.
+    _is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Loss(torch.autograd.Function):

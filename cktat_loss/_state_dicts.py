@@ -31,12 +31,6 @@ ENTRIES = (
 )
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers, which may be nested in any order."""
-    inner = module.module if isinstance(module, WRAPPERS) else getattr(module, "_orig_mod", None)
-    return module if inner is None else unwrap(inner)
-
-
 def find_weights(argument: str, source: object) -> dict[str, Tensor]:
     """Return the weights of a module, state_dict, checkpoint or file by name, without copying.
 
