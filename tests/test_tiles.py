@@ -66,9 +66,6 @@ def test_every_tile_fits() -> None:
             for n in (1, 64, 256, 257):
                 tile = launch.rows_tile(classes, size, n)
                 assert all(x & (x - 1) == 0 for x in tile)
-                assert (
-                    classes <= tile.strips * tile.width < 2 * classes
-                    or tile.strips * tile.width == 4 > classes
-                    or classes == 1
-                )
+                columns = tile.strips * tile.width
+                assert classes <= columns < 2 * classes or columns == 4 > classes or classes == 1
                 assert 16 * 32 * tile.warps >= columns * tile.rows or classes < 16
