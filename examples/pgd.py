@@ -7,10 +7,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 EPS = {"linf": 8 / 255, "l2": 128 / 255}  # the radii that the field reports on CIFAR
-LARGEST = {"linf": 1.0, "l2": 100.0}  # pixels are in [0, 1], so no Linf change is larger than 1
+LARGEST = {"linf": 1.0, "l2": 100.0}  # pixels are in [0, 1]
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, C) and classes (N,) to one number per image, or to their sum
 
 
@@ -29,14 +28,12 @@ def pgd(
     """Return adversarial images within eps of x and within [0, 1].
 
     Args:
-        model: images to logits (N, C). It runs in eval mode with frozen weights. Afterwards it is as before.
-        x: images (N, ...) in [0, 1]. Half precision is attacked in float32.
-        y: classes (N,). "kl" ignores them.
-        eps: radius of the ball, where 1 is black to white. "linf" bounds each pixel (usually 8/255), "l2" the whole
-            image (usually 128/255).
-        step: length of a step in the same norm, usually eps / 4.
-        steps: number of steps. Each costs a forward and a backward pass.
-        norm: "linf" or "l2".
+        model: images to logits (N, C), without DistributedDataParallel around it. It runs in eval mode with frozen
+            weights, and is afterwards as before.
+        x, y: images (N, ...) in [0, 1] and their classes (N,).
+        eps: radius of the ball, where 1 is black to white. Norm "linf" bounds each pixel (usually 8/255), "l2" the
+            whole image (usually 128/255).
+        step, steps: length of a step in the same norm, usually eps / 4, and number of steps.
         loss: the function to maximise. "ce" is the cross-entropy, "kl" is TRADES' KL(S(x) || S(x')).
         start: images to begin at. None draws a uniform point of the ball. TRADES: x + 0.001 * torch.randn_like(x).
     """
@@ -45,18 +42,13 @@ def pgd(
         raise ValueError(f"steps must be at least 1 and step a finite number above 0, got {steps} and {step}")
     if x.numel() and not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(f"x must be images in [0, 1], got [{x.min():g}, {x.max():g}]: normalise inside the model")
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # the attack needs no gradients of weights, so there is nothing to exchange
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-
     with eval_mode(model), torch.enable_grad():
         if loss == "kl":
             clean = model(x).detach().to(x.dtype).log_softmax(1)
             loss = lambda z, _: F.kl_div(z.log_softmax(1), clean, log_target=True, reduction="sum")  # noqa: E731
         elif loss == "ce":
             loss = lambda z, y: F.cross_entropy(z, y, reduction="sum")  # noqa: E731
-        elif not callable(loss):
-            raise ValueError(f"loss must be 'ce', 'kl' or a function of logits and classes, got {loss!r}")
         x_adv = project(uniform(x, eps, norm) if start is None else start.to(x), x, eps, norm)
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
@@ -108,15 +100,11 @@ def uniform(x: Tensor, eps: float, norm: str) -> Tensor:
 def fraction(text: str) -> float:
     """Read a number from the command line: 0.03, or 8/255 as eps is usually written."""
     above, _, below = text.partition("/")
-    if below and float(below) == 0:
-        raise ValueError(f"{text} divides by zero")
-    return float(above) / float(below or 1)
+    return float(above) / (float(below or 1) or math.nan)  # check() refuses nan
 
 
 def check(eps: float, norm: str) -> None:
     """Refuse an eps that images in [0, 1] have no room for, such as 8 where 8/255 was meant."""
-    if norm not in LARGEST:
-        raise ValueError(f"norm must be linf or l2, got {norm!r}")
     if not 0 < eps <= LARGEST[norm]:
         hint = f": pixels are in [0, 1], so write {eps:g}/255" if LARGEST[norm] < eps <= 255 else ""
         raise ValueError(f"eps must be above 0 and at most {LARGEST[norm]:g} with norm {norm}, got {eps:g}{hint}")

@@ -17,16 +17,15 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import images
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from images import UserError
+from images import HELD_OUT, SETS, UserError, load
 from networks import ARCHS, build, from_checkpoint, read
 from pgd import EPS, check, eval_mode, fraction, pgd
 from torch import Tensor, nn
@@ -58,8 +57,7 @@ AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options. Refuse those that the method does not use, and values out of range."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter): ...
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     option = parser.add_argument
@@ -72,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     option("--no-warm-start", action="store_true", help="start from random weights, not from the teacher's")
     option("--awp", type=float, default=0.0, help="adversarial weight perturbation: 0.005 is usual, 0 is none")
     option("--arch", help=f"{ARCHS}. None: the teacher's; without one digits for small images, else resnet18")
-    option("--dataset", default="cifar10", choices=images.SETS, help="images to train on")
+    option("--dataset", default="cifar10", choices=SETS, help="images to train on")
     option("--data", default="data", help="folder of the data set's files")
     option("--download", action="store_true", help="fetch missing files into it")
     option("--norm", default="linf", choices=EPS, help="norm of the attack")
@@ -122,20 +120,16 @@ def loss_of(
     method: str, net: nn.Module, criterion: CKTATLoss | None, x: Tensor, x_adv: Tensor | None, y: Tensor, beta: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a batch, and its terms for the log."""
-    if method == "clean":
-        return F.cross_entropy(net(x), y), {}
-    if method == "pgd-at":
-        return F.cross_entropy(net(x_adv), y), {}
+    if method in ("clean", "pgd-at"):
+        return F.cross_entropy(net(x if method == "clean" else x_adv), y), {}
     # One forward for both: BatchNorm sees clean and adversarial images together, and DDP one forward per backward.
-    clean_logits, adv_logits = net(torch.cat([x, x_adv])).chunk(2)
+    clean, adv = net(torch.cat([x, x_adv])).chunk(2)
     if method == "trades":
-        clean, adv = clean_logits.float().log_softmax(1), adv_logits.float().log_softmax(1)
-        consistency = F.kl_div(adv, clean, log_target=True, reduction="batchmean")
-        return F.cross_entropy(clean_logits, y) + beta * consistency, {"consistency": consistency.detach()}
+        log_clean, log_adv = clean.float().log_softmax(1), adv.float().log_softmax(1)
+        consistency = F.kl_div(log_adv, log_clean, log_target=True, reduction="batchmean")
+        return F.cross_entropy(clean, y) + beta * consistency, {"consistency": consistency.detach()}
     labels = y if criterion.adaptive else None
-    loss, terms = criterion(
-        clean_logits=clean_logits, adv_logits=adv_logits, x=x, y=labels, beta=beta, return_terms=True
-    )
+    loss, terms = criterion(clean_logits=clean, adv_logits=adv, x=x, y=labels, beta=beta, return_terms=True)
     return loss, {"guidance": terms.guidance.mean(), "consistency": terms.consistency.mean()}
 
 
@@ -145,9 +139,6 @@ def awp(model: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Iterator[
 
     The gradient to train with is taken inside. BatchNorm statistics do not see the call of `loss`.
     """
-    if not gamma:
-        yield
-        return
     weights = [weight for name, weight in model.named_parameters() if "weight" in name and weight.dim() > 1]
     weights_before = [weight.detach().clone() for weight in weights]
     buffers_before = [buffer.clone() for buffer in model.buffers()]
@@ -177,12 +168,10 @@ def learning_rate(args: argparse.Namespace, progress: float) -> float:
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module, loader: DataLoader, attack: Callable[..., Tensor] | None, device: torch.device
-) -> dict[str, float]:
+def validate(model: nn.Module, loader: DataLoader, attack: Callable[..., Tensor] | None) -> dict[str, float]:
     """Return the clean accuracy, and the robust accuracy if there is an attack, in float32. Warn of a collapse."""
     torch.manual_seed(0)  # the attack starts at the same points in every epoch
-    predicted, robust, labels = [], [], []
+    device, predicted, robust, labels = next(model.parameters()).device, [], [], []
     with eval_mode(model):
         for x, y in loader:
             x, y = x.to(device), y.to(device)
@@ -197,15 +186,17 @@ def validate(
     return scores | ({"robust": (robust == labels).float().mean().item()} if attack else {})
 
 
-def save(path: Path, content: Mapping[str, object]) -> None:
+def save(path: Path, content: dict[str, object]) -> None:
     """Write a checkpoint in one move. A process that is killed meanwhile leaves the old file or the new one."""
-    torch.save(content, f"{path}.partial")
+    try:
+        torch.save(content, f"{path}.partial")
+    except RuntimeError as error:  # torch's own writer met a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
     os.replace(f"{path}.partial", path)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    options = dict(vars(args))
 
     # One process per GPU under torchrun, which sets these variables; else a single process.
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -224,23 +215,18 @@ def main(argv: list[str] | None = None) -> None:
         if not args.resume:
             raise UserError(f"{out} holds a run: --resume continues it, or name another --out")
         last = read(out / "last.pt")
-        if "rows" not in last:
-            raise UserError(f"{out / 'last.pt'} is not of this version of train.py")
-        done, best, rows = last["epoch"], last["best"], last["rows"]
-        for name, before in last["options"].items():
-            if name not in MAY_CHANGE and options[name] != before:
-                name, now = name.replace("_", "-"), options[name]
+        for name, now in vars(args).items():
+            if name not in MAY_CHANGE and (before := last.get("options", {}).get(name, "unknown")) != now:
+                name = name.replace("_", "-")
                 raise UserError(f"--{name} was {before} when {out} was begun, and cannot become {now} by --resume")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.csv").touch()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
+        done, best, rows = last["epoch"], last["best"], last["rows"]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "log.csv").touch()  # fail now if it cannot be written
 
     # The images.
     if local_rank > 0:
         dist.barrier()  # the first process of each machine downloads
-    data = images.load(args.dataset, args.data, download=args.download)
+    data = load(args.dataset, args.data, download=args.download)
     if local_rank == 0 and world > 1:
         dist.barrier()
     sampler = DistributedSampler(data.train, world, rank, seed=1000 * args.seed, drop_last=True)
@@ -252,12 +238,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--batch must be at most the {len(data.train)} training images, got {args.batch}")
 
     # The teacher, and the student.
-    teacher, arch = None, args.arch or ("digits" if images.SETS[args.dataset].channels == 1 else "resnet18")
+    teacher, arch = None, args.arch or ("digits" if args.dataset in HELD_OUT else "resnet18")
     if args.teacher:
         teacher, saved = from_checkpoint(args.teacher, args.arch, args.dataset, data.classes)
         if (saved["dataset"], saved["classes"]) != (args.dataset, data.classes):
-            theirs = f"{saved['dataset']} ({saved['classes']} classes)"
-            raise UserError(f"--teacher {args.teacher} was trained on {theirs}, not on {args.dataset} ({data.classes})")
+            theirs = f"{saved['classes']} classes of {saved['dataset']}"
+            raise UserError(f"--teacher {args.teacher} tells {theirs} apart, not {data.classes} of {args.dataset}")
         arch = args.arch or saved["arch"]
         if arch != saved["arch"] and not args.no_warm_start:
             raise UserError(f"--arch {arch} cannot start from the weights of {saved['arch']}: add --no-warm-start")
@@ -269,9 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device, memory_format=memory_format)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
     criterion = None
-    if args.method == "cktat":
-        criterion = CKTATLoss(teacher, **{**RECIPES[args.recipe], "tau": args.tau})  # every call is given its beta
-        criterion.to(device, memory_format=memory_format)
+    if args.method == "cktat":  # every call is given its beta
+        criterion = CKTATLoss(teacher, **{**RECIPES[args.recipe], "tau": args.tau}).to(device)
     if args.compile:
         model.compile()  # in place, so that no wrapper gets into the names of the weights
     net = model
@@ -286,18 +271,15 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     autocast = torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "none")
-    attack = None
-    if args.method != "clean":
-        attack = partial(pgd, eps=args.eps, step=args.step_size, steps=args.steps, norm=args.norm)
+    ball = {"eps": args.eps, "step": args.step_size, "steps": args.steps, "norm": args.norm}
+    attack = None if args.method == "clean" else partial(pgd, **ball)
     if last:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
         if ema:
-            ema.module.load_state_dict(last["ema"])
-            ema.n_averaged.fill_(1)  # not 0, at which the average would start anew
-    if rank == 0 and args.resume:
-        print(f"{out}: {done} of {args.epochs} epochs are done")
+            ema.load_state_dict(last["ema"])
+        print(f"{out}: {done} of {args.epochs} epochs are done") if rank == 0 else None
 
     def losses(network: nn.Module, *batch: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scaled loss to go backward from, and what to log."""
@@ -329,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             # Take the gradient, with AWP at the perturbed weights, and make the step from the weights themselves.
             batch = x, x_adv, y, beta
             optimizer.zero_grad()
-            with awp(model, lambda batch=batch: losses(model, *batch)[0], args.awp):
+            with awp(model, lambda batch=batch: losses(model, *batch)[0], args.awp) if args.awp else nullcontext():
                 loss, terms = losses(net, *batch)
                 loss.backward()
             scaler.step(optimizer)
@@ -346,33 +328,30 @@ def main(argv: list[str] | None = None) -> None:
                 dist.broadcast(buffer, 0)
         means = {name: total.item() / len(loader) / world for name, total in sums.items()}
         if not math.isfinite(means["loss"]):
-            hint = "try a smaller --lr or --amp none, and look at --teacher" if teacher else "try a smaller --lr"
-            raise UserError(f"the loss of epoch {epoch + 1} is not finite: {hint}")
+            raise UserError(
+                f"the loss of epoch {epoch + 1} is not finite: try a smaller --lr or --amp none, look at --teacher"
+            )
         if rank > 0:
             continue
 
         # Validate, log and save. last.pt comes last: a run that is killed before it repeats this epoch.
         averaged = ema.module if ema else model
-        scores = validate(averaged, validation, attack, device)
+        scores = validate(averaged, validation, attack)
         row = {"epoch": epoch + 1, "lr": lr, **({"beta": beta} if "consistency" in means else {}), **means, **scores}
         rows.append({**row, "seconds": time.perf_counter() - began})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
         facts = {"arch": arch, "dataset": args.dataset, "classes": data.classes, "norm": args.norm, "eps": args.eps}
-        state = {"epoch": epoch + 1, "options": options, "model": model.state_dict(), "ema": None, "rows": rows}
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        if ema:
-            state["ema"] = ema.module.state_dict()
-        try:
-            if (score := scores.get("robust", scores["clean"])) > best:
-                best = score
-                save(out / "best.pt", {**facts, "epoch": epoch + 1, "model": averaged.state_dict()})
-            with open(out / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-            save(out / "last.pt", {**facts, **state, "best": best})
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer on a full disk
-            raise UserError(f"{out} cannot be written: {error}") from error
+        facts["epoch"] = epoch + 1
+        state = {"model": model.state_dict(), "ema": ema.state_dict() if ema else None, "rows": rows}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "options": vars(args)}
+        if (score := scores.get("robust", scores["clean"])) > best:
+            best = score
+            save(out / "best.pt", {**facts, "model": averaged.state_dict()})
+        with open(out / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        save(out / "last.pt", {**facts, **state, "best": best})
     if world > 1:
         dist.destroy_process_group()
 
@@ -380,7 +359,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError names the file
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command with --resume continues after the last epoch")
