@@ -93,18 +93,19 @@ def uniform(x: Tensor, eps: float, norm: str) -> Tensor:
     """Draw a uniform point of the eps-ball around each image."""
     if norm == "linf":
         return x + eps * (2 * torch.rand_like(x) - 1)
-    radius = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) ** (1 / x[0].numel())
+    radius = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) ** (1 / math.prod(x.shape[1:]))
     return x + eps * radius * direction(torch.randn_like(x), norm)
 
 
 def fraction(text: str) -> float:
     """Read a number from the command line: 0.03, or 8/255 as eps is usually written."""
-    above, _, below = text.partition("/")
-    return float(above) / (float(below or 1) or math.nan)  # check() refuses nan
+    above, slash, below = text.partition("/")
+    return float(above) / (float(below) or math.nan) if slash else float(above)  # check() refuses nan
 
 
 def check(eps: float, norm: str) -> None:
     """Refuse an eps that images in [0, 1] have no room for, such as 8 where 8/255 was meant."""
-    if not 0 < eps <= LARGEST[norm]:
-        hint = f": pixels are in [0, 1], so write {eps:g}/255" if LARGEST[norm] < eps <= 255 else ""
-        raise ValueError(f"eps must be above 0 and at most {LARGEST[norm]:g} with norm {norm}, got {eps:g}{hint}")
+    if norm not in LARGEST or not 0 < eps <= LARGEST[norm]:
+        hint = f": pixels are in [0, 1], so write {eps:g}/255" if 1 < eps <= 255 else ""
+        wanted = "eps must be above 0 and at most 1 with norm linf, 100 with norm l2"
+        raise ValueError(f"{wanted}; got {eps:g} with norm {norm}{hint}")

@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             if name not in MAY_CHANGE and (before := last.get("options", {}).get(name, "unknown")) != now:
                 name = name.replace("_", "-")
                 raise UserError(f"--{name} was {before} when {out} was begun, and cannot become {now} by --resume")
-        done, best, rows = last["epoch"], last["best"], last["rows"]
+        done, best, rows = len(last["rows"]), last["best"], last["rows"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.csv").touch()  # fail now if it cannot be written
 
@@ -341,7 +341,6 @@ def main(argv: list[str] | None = None) -> None:
         rows.append({**row, "seconds": time.perf_counter() - began})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
         facts = {"arch": arch, "dataset": args.dataset, "classes": data.classes, "norm": args.norm, "eps": args.eps}
-        facts["epoch"] = epoch + 1
         state = {"model": model.state_dict(), "ema": ema.state_dict() if ema else None, "rows": rows}
         state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "options": vars(args)}
         if (score := scores.get("robust", scores["clean"])) > best:
