@@ -105,14 +105,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.tau = RECIPES[args.recipe]["tau"] if args.tau is None else args.tau
     args.eps = EPS[args.norm] if args.eps is None else args.eps
     args.step_size = args.eps / 4 if args.step_size is None else args.step_size
-    for name, (least, most) in LIMITS.items():
-        if not least <= getattr(args, name) <= most:
-            parser.error(f"--{name.replace('_', '-')} must be in [{least}, {most}], got {getattr(args, name)}")
     try:
         check(args.eps, args.norm)
         torch.empty(0, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         parser.error(str(error).partition("\n")[0])
+    for name, (least, most) in LIMITS.items():
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be in [{least}, {most}], got {getattr(args, name)}")
     return args
 
 
