@@ -132,7 +132,7 @@ def draw(title: str, curves: list[tuple[float, ...]], models: list[nn.Module], x
         places[0].text(-0.2, 0.5, name, transform=places[0].transAxes, ha="right", va="center", color=INK)
         for digit, axes in enumerate(places):
             axes.set_axis_off()
-            axes.imshow(shown[digit, 0], cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(shown[digit, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
             for place, (letter, model) in captions.items():
                 seen = model(shown).argmax(1)[digit].item()
                 text, color = (f"{letter} {seen} ✓", RIGHT) if seen == y[digit] else (f"{letter} {seen} ✗", WRONG)

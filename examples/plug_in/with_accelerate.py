@@ -12,7 +12,7 @@ criterion = CKTATLoss(teacher, tau=2.0, adaptive=True, detach_clean=True)
 criterion.to(accelerator.device)  # not prepared, because it is not trained
 wrapped, optimizer, loader = accelerator.prepare(student, optimizer, loader)
 
-for _ in range(5):
+for _ in range(3):
     for x, y in loader:
         x_adv = attack(student, x, y)  # the bare student has the same weights; the attack exchanges no gradients
         clean_logits, adv_logits = wrapped(torch.cat([x, x_adv])).chunk(2)

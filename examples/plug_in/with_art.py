@@ -16,7 +16,7 @@ classifier = PyTorchClassifier(student, nn.CrossEntropyLoss(), (1, 8, 8), 10, cl
 ball = {"eps": EPS, "eps_step": STEP, "max_iter": STEPS, "num_random_init": 1}
 pgd = ProjectedGradientDescentPyTorch(classifier, **ball, batch_size=1024, verbose=False)
 
-for _ in range(5):
+for _ in range(3):
     for x, y in loader:
         student.eval()
         x_adv = torch.from_numpy(pgd.generate(x.cpu().numpy(), y.cpu().numpy())).to(x)  # draws from NumPy's generator

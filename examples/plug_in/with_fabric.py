@@ -14,7 +14,7 @@ criterion.to(fabric.device)  # not set up, because it is not trained
 wrapped, optimizer = fabric.setup(student, optimizer)
 loader = fabric.setup_dataloaders(loader)
 
-for _ in range(5):
+for _ in range(3):
     for x, y in loader:
         x_adv = attack(student, x, y)  # the bare student has the same weights; the attack exchanges no gradients
         clean_logits, adv_logits = wrapped(torch.cat([x, x_adv])).chunk(2)

@@ -33,5 +33,5 @@ class CKTAT(LightningModule):
 warm_start(student, teacher)
 module = CKTAT(student, teacher)
 # fit(ckpt_path="last.ckpt") resumes a run.
-Trainer(max_epochs=5, logger=False, enable_checkpointing=False).fit(module, loader)
+Trainer(max_epochs=3, logger=False, enable_checkpointing=False).fit(module, loader)
 report(module.student)

@@ -10,7 +10,7 @@ warm_start(student, teacher)
 criterion = CKTATLoss(teacher, tau=2.0, adaptive=True, detach_clean=True)
 attack = PGD(student, eps=EPS, alpha=STEP, steps=STEPS)  # it puts the student into eval mode, and back into train mode
 
-for _ in range(5):
+for _ in range(3):
     for x, y in loader:
         x_adv = attack(x, y)
         clean_logits, adv_logits = student(torch.cat([x, x_adv])).chunk(2)

@@ -9,7 +9,7 @@ from cktat_loss import CKTATLoss, warm_start
 warm_start(student, teacher)
 criterion = CKTATLoss(teacher, tau=2.0, beta=6.0, adaptive=True, detach_clean=True)
 
-for _ in range(5):
+for _ in range(3):
     for x, y in loader:
         # TRADES' attack maximises KL(S(x) || S(x')), from beside x.
         student.eval()

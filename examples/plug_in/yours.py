@@ -11,8 +11,8 @@ EPS, STEP, STEPS = 0.2, 0.05, 10
 
 def network() -> nn.Sequential:
     """Return a fresh network for images of 8 x 8 pixels."""
-    stem = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-    block = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
+    stem = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    block = nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
     return nn.Sequential(*stem, *block, nn.Flatten(), nn.Linear(32 * 4 * 4, 10))
 
 
