@@ -40,6 +40,27 @@ def test_it_asks_for_a_compiler(monkeypatch):
     assert "no C compiler" in gpu.complaint()
 
 
+@pytest.mark.parametrize("xdist", [True, False])
+def test_tests_are_shared_between_workers_where_xdist_is_found(monkeypatch, tmp_path, xdist):
+    monkeypatch.setattr(gpu, "found", lambda name: xdist)
+    commands = [" ".join(part.command) for part in gpu.parts(tmp_path, minutes=5.5)]
+    assert [("-n 12" in command) for command in commands if command.startswith("pytest")] == [xdist, xdist]
+
+
+def test_every_measurement_is_saved_with_the_report(tmp_path):
+    for part in gpu.parts(tmp_path, minutes=5.5):
+        assert part.command[0] == "pytest" or str(tmp_path) in " ".join(part.command)
+
+
+def test_a_part_may_sum_up_before_it_is_stopped():
+    program = (
+        "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('the summary', flush=True); time.sleep(600)"
+    )
+    outcome = gpu.run(gpu.Part("sums up", python(program), share=1.0), minutes=5 / 60, end=time.monotonic() + 60)
+    assert outcome.state == "stopped after 5 s"
+    assert "the summary" in outcome.printed
+
+
 def test_its_shares_leave_room_for_all_but_the_last_parts(tmp_path):
     parts = gpu.parts(tmp_path, minutes=8.5)
     assert sum(part.share for part in parts[:4]) <= 0.8
