@@ -28,7 +28,6 @@ SETS = {  # channels; height and width; mean and standard deviation of the train
     "mnist5k": (1, 28, (0.131,), (0.309,)),
 }
 HELD_OUT = {"digits": 200, "mnist5k": 500}  # training images for validation; 1000 of the other data sets
-TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
 
 
 class Data(NamedTuple):
@@ -68,7 +67,7 @@ def from_torchvision(name: str, root: str, download: bool) -> tuple[Dataset, Dat
         augment, prepare = [v2.RandomResizedCrop(224), augment[1]], [v2.Resize(256), v2.CenterCrop(224)]
 
     def part(train: bool, steps: list) -> Dataset:
-        transform = v2.Compose([*steps, *TO_TENSOR])
+        transform = v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
         if name == "imagefolder":
             return datasets.ImageFolder(Path(root) / ("train" if train else "val"), transform, loader=open_image)
         if name == "svhn":

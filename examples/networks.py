@@ -55,7 +55,7 @@ def from_checkpoint(
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = path if path.suffix == ".safetensors" else read(path)
     saved = {"arch": arch, "dataset": dataset, "classes": classes}
-    ours = isinstance(content, dict) and {"model", *saved} <= content.keys()
+    ours = isinstance(content, dict) and {"model", "norm", "eps", *saved} <= content.keys()
     if ours:
         # last.pt has the averaged weights beside those of the last step, best.pt only those that were validated.
         saved, content = content, content.get("ema") or content["model"]
@@ -79,7 +79,7 @@ def read(path: Path) -> Any:
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged file makes its reader raise nearly anything
         why = "is damaged, or holds more than tensors and plain values, which torch.load refuses with weights_only=True"

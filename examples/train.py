@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher, saved = from_checkpoint(args.teacher, args.arch, args.dataset, data.classes)
         if (saved["dataset"], saved["classes"]) != (args.dataset, data.classes):
             theirs = f"{saved['classes']} classes of {saved['dataset']}"
-            raise UserError(f"--teacher {args.teacher} tells {theirs} apart, not {data.classes} of {args.dataset}")
+            raise UserError(f"--teacher {args.teacher} was trained on {theirs}, not {data.classes} of {args.dataset}")
         arch = args.arch or saved["arch"]
         if arch != saved["arch"] and not args.no_warm_start:
             raise UserError(f"--arch {arch} cannot start from the weights of {saved['arch']}: add --no-warm-start")
@@ -279,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
         scaler.load_state_dict(last["scaler"])
         if ema:
             ema.load_state_dict(last["ema"])
-        print(f"{out}: {done} of {args.epochs} epochs are done") if rank == 0 else None
+    if last and rank == 0:
+        print(f"{out}: {done} of {args.epochs} epochs are done")
 
     def losses(network: nn.Module, *batch: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scaled loss to go backward from, and what to log."""

@@ -202,6 +202,24 @@ def test_a_damaged_file_is_refused(networks, refused, digits, tmp_path, damage, 
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_the_system_cannot_read_is_named(networks, refused, digits, tmp_path, monkeypatch):
+    """torch raises this for some files that are cut off."""
+    path = save(tmp_path / "best.pt", digits)
+
+    def load(*_, **__):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(refused, match=r"best\.pt is damaged, or .*Invalid argument"):
+        networks.from_checkpoint(path)
+
+
+def test_a_checkpoint_of_0_2_is_told(networks, refused, tmp_path):
+    torch.save({"model": {}, "arch": "digits", "dataset": "digits", "classes": 10, "size": 8}, tmp_path / "best.pt")
+    with pytest.raises(refused, match="is not a checkpoint of this train"):
+        networks.from_checkpoint(tmp_path)
+
+
 def test_a_file_that_is_not_there_is_named(networks, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         networks.from_checkpoint(tmp_path / "nothing")

@@ -280,7 +280,7 @@ def test_what_fits_no_run_is_a_sentence(train, teacher, tmp_path):
         (["--teacher", teacher, "--arch", "wrn-10-1"], "--arch wrn-10-1 cannot start from the weights of digits"),
         (
             ["--teacher", teacher, "--dataset", "mnist5k"],
-            "--teacher .* tells 10 classes of digits apart, not 10 of mnist",
+            "--teacher .* was trained on 10 classes of digits, not 10 of mnist",
         ),
         (["--teacher", str(tmp_path / "nothing")], "nothing"),
         (["--method", "trades", "--batch", "5000"], "--batch must be at most the 96 training images, got 5000"),
