@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.examples_path import EXAMPLES, imported
+from tests.examples_path import imported
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("pyautoattack")
@@ -106,7 +106,3 @@ def test_a_missing_package_is_named(quickstart, monkeypatch, module, package):
     calls["matplotlib"] = lambda: quickstart.draw("", [], [], None, None, 0.1)
     with pytest.raises(ValueError, match=f"pip install {package}"):
         calls[module]()
-
-
-def test_the_demo_of_make_is_this_script():
-    assert "examples/quickstart.py" in (EXAMPLES.parent / "Makefile").read_text()

@@ -395,24 +395,3 @@ def test_a_checkpoint_of_an_earlier_version_is_not_resumed(train, teacher, tmp_p
     torch.save({"config": {}, "epoch": 3}, tmp_path / "last.pt")
     with pytest.raises(train.UserError, match="was unknown when"):
         train.main([*DIGITS, "--teacher", teacher, "--out", str(tmp_path), "--resume"])
-
-
-def test_workers_draw_anew_in_every_epoch(train):
-    """Two epochs of random draws by two workers, and the second alone."""
-
-    class Draws(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, _):
-            return torch.rand(())
-
-    loader = torch.utils.data.DataLoader(Draws(), 2, num_workers=2)
-
-    def epoch(number):
-        torch.manual_seed(number)
-        return torch.cat([*loader])
-
-    first, second = epoch(0), epoch(1)
-    assert not torch.equal(first, second)
-    assert torch.equal(epoch(1), second)
