@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--teacher {args.teacher} was trained on {theirs}, not {data.classes} of {args.dataset}")
         arch = args.arch or saved["arch"]
         if arch != saved["arch"] and not args.no_warm_start:
-            raise UserError(f"--arch {arch} cannot start from the weights of {saved['arch']}: add --no-warm-start")
+            raise UserError(f"--arch {arch} cannot start from weights of {saved['arch']} (cktat: add --no-warm-start)")
     torch.manual_seed(args.seed)
     model = build(arch, args.dataset, data.classes)
     if teacher and not args.no_warm_start:

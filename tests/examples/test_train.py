@@ -277,7 +277,7 @@ def test_defaults_follow_from_method_and_norm(train):
 def test_what_fits_no_run_is_a_sentence(train, teacher, tmp_path):
     (tmp_path / "file").touch()
     for options, message in (
-        (["--teacher", teacher, "--arch", "wrn-10-1"], "--arch wrn-10-1 cannot start from the weights of digits"),
+        (["--teacher", teacher, "--arch", "wrn-10-1"], "--arch wrn-10-1 cannot start from weights of digits"),
         (
             ["--teacher", teacher, "--dataset", "mnist5k"],
             "--teacher .* was trained on 10 classes of digits, not 10 of mnist",
