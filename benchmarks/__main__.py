@@ -47,7 +47,7 @@ def parts(device: str, out: Path, compiling: bool) -> list[Part]:
     no_compile = () if compiling else ("--no-compile",)
     speed = ("benchmarks.speed", *where, *no_compile)
     accuracy = ("benchmarks.accuracy", *where, *no_compile)
-    step = ("benchmarks.step", *where, "--rounds", "5")
+    step = ("benchmarks.step", *where)
     if device == "cpu":
         return [
             Part("Speed", 0.4, speed),
@@ -119,7 +119,7 @@ def page(outcomes: dict[Part, Outcome], measured: str) -> str:
     ]
     made = f"Made by `python3 -m benchmarks --device cuda`, {time.strftime('%Y-%m-%d %H:%M')}."
     table = markdown.table(["part", "how it went", "seconds"], lines)
-    return "\n".join([f"# {torch.cuda.get_device_name()}\n\n{garbage}{made}\n\n{table}", measured, *printed])
+    return "\n".join([f"# {machine.gpu()}\n\n{garbage}{made}\n\n{table}", measured, *printed])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,14 +30,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def slug(device: str) -> str:
     """Return the name of the device as files carry it: cpu, nvidia-h100-80gb-hbm3, ..."""
-    name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", ("cpu" if device == "cpu" else gpu()).lower()).strip("-")
+
+
+def gpu() -> str:
+    """Return the name of the GPU, or "no GPU" for a stand-in."""
+    return torch.cuda.get_device_name() if computes() else "no GPU"
 
 
 def environment(device: str) -> dict[str, str]:
     """Return the columns that every row of a CSV ends with."""
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
-    where = {"machine": cpu} if device == "cpu" else {"machine": torch.cuda.get_device_name(), "host": cpu}
+    where = {"machine": cpu} if device == "cpu" else {"machine": gpu(), "host": cpu}
     return {
         **where,
         "threads": str(torch.get_num_threads()),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from benchmarks import machine, markdown
 
 Row = dict[str, str]
+Key = Callable[[Row], str]
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#999999")
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#999999", "#F0E442")
 FLOOR = "an empty autograd.Function"
 
 
@@ -43,6 +44,25 @@ def where(rows: Sequence[Row]) -> str:
     return f"{row['machine']}{host}, {threads}, {versions}, {row['date']}"
 
 
+def pivot(corner: str, rows: Iterable[Row], line: Key, column: Key, cell: Callable[[Row, dict[str, Row]], str]) -> str:
+    """Return a table of rows by line and column. A cell is made of its row and of all rows of its line."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(line(row), {})[column(row)] = row
+    names = list(dict.fromkeys(name for here in found.values() for name in here))
+    lines = [[label, *(cell(here[n], here) if n in here else "-" for n in names)] for label, here in found.items()]
+    head = [f"`{name.removeprefix('usual, ')}=True`" if name == "usual, log_target" else name for name in names]
+    return markdown.table([corner, *head], lines)
+
+
+def contender(row: Row) -> str:
+    return row["contender"]
+
+
+def problem(row: Row) -> str:
+    return f"{row['n']} × {row['classes']}{', small KL' if row['logits'] == 'small KL' else ''}"
+
+
 # Speed.
 
 
@@ -51,111 +71,71 @@ def timed(rows: Iterable[Row], **of: str) -> list[Row]:
     return [row for row in rows if row.get("us_50") and all(row[name] == value for name, value in of.items())]
 
 
-def problems(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Return the rows by problem, as its name is shown, and by contender."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        small = ", small KL" if row["logits"] == "small KL" else ""
-        found.setdefault(f"{row['n']} × {row['classes']}{small}", {})[row["contender"]] = row
-    return found
+def without(rows: Iterable[Row], *names: str) -> list[Row]:
+    return [row for row in rows if row["contender"] not in names]
 
 
-def contenders(rows: Sequence[Row], *without: str) -> list[str]:
-    return [name for (name,) in distinct(rows, "contender") if name not in ("copy", *without)]
+def microseconds(text: str) -> str:
+    return f"{float(text):.0f}" if float(text) >= 10 else f"{float(text):.1f}"
 
 
-def microseconds(row: Row | None, column: str = "us_50") -> str:
-    value = float((row or {}).get(column) or "nan")
-    return "-" if math.isnan(value) else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+def faster(row: Row, line: dict[str, Row]) -> str:
+    """Return how many times faster a contender is, or the time of the usual expression. The fastest is bold."""
+    usual = row["contender"] == "usual"
+    text = f"{microseconds(row['us_50'])} µs" if usual else f"{float(row['times_faster_50']):.2f}x"
+    return f"**{text}**" if row is max(line.values(), key=lambda one: float(one["times_faster_50"])) else text
 
 
-def speed_table(rows: Sequence[Row]) -> str:
-    """Return the time of the usual expression, and how many times faster the others are. The fastest is bold."""
-    names = contenders(rows)
-    lines = []
-    for problem, here in problems(rows).items():
-        fastest = max((name for name in names if name in here), key=lambda name: float(here[name]["times_faster_50"]))
-        cells = [f"{float(here[name]['times_faster_50']):.2f}x" if name in here else "-" for name in names[1:]]
-        shown = dict(zip(names, [microseconds(here["usual"]), *cells], strict=True))
-        lines.append([problem, *(f"**{cell}**" if name == fastest else cell for name, cell in shown.items())])
-    head = ["`log_target=True`" if name == "usual, log_target" else name for name in names[1:]]
-    return markdown.table(["N × C", "usual, µs", *head], lines)
+def scatter(rows: Sequence[Row]) -> str:
+    """Return the machine, the number of rounds, and how far ratios scatter."""
+    numbers = sorted({int(row["rounds"]) for row in rows})
+    counted = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+    ratios = [float(row[f"times_faster_{q}"]) / float(row["times_faster_50"]) for row in rows for q in (20, 80)]
+    away = max(abs(ratio - 1) for ratio in ratios)
+    return f"{where(rows)}; medians of {counted} rounds, the 20 and 80 % quantiles of ratios at most {away:.0%} away.\n"
 
 
 def readme_speed(rows: Sequence[Row]) -> str:
-    chosen = timed(rows, logits="independent", dtype="float32")
-    return f"{speed_table(chosen)}\n{where(chosen)}; {rounds(chosen)}.\n"
-
-
-def rounds(rows: Sequence[Row]) -> str:
-    """Return the number of rounds, and how far ratios scatter."""
-    numbers = sorted({int(row["rounds"]) for row in rows})
-    away = [
-        abs(float(row[f"times_faster_{q}"]) / float(row["times_faster_50"]) - 1)
-        for row in rows
-        for q in (20, 80)
-        if row["contender"] != "copy"
-    ]
-    counted = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
-    return f"medians of {counted} rounds, the 20 and 80 % quantiles of ratios at most {max(away):.0%} away"
+    chosen = without(timed(rows, logits="independent", dtype="float32"), "copy")
+    return f"{pivot('N × C', chosen, problem, contender, faster)}\n{scatter(chosen)}"
 
 
 def cpu_speed(rows: Sequence[Row]) -> str:
-    chosen = sorted(timed(rows, dtype="float32"), key=lambda row: row["logits"])
-    memory = memory_table(timed(chosen, logits="independent"))
-    return f"{speed_table(chosen)}\n{memory}\n{where(chosen)}; {rounds(chosen)}.\n"
-
-
-def memory_table(rows: Sequence[Row]) -> str:
-    shapes = problems(rows)
-    lines = [
-        [name, *(f"{float(here[name]['peak_elements']):.1f}" if name in here else "-" for here in shapes.values())]
-        for name in contenders(rows, FLOOR)
-    ]
-    return markdown.table(["peak memory, elements per logit position", *shapes], lines)
+    chosen = sorted(without(timed(rows, dtype="float32"), "copy"), key=lambda row: row["logits"])
+    speed, ordinary = pivot("N × C", chosen, problem, contender, faster), timed(chosen, logits="independent")
+    corner = "peak memory, elements per logit position"
+    memory = pivot(corner, ordinary, contender, problem, lambda row, _: f"{float(row['peak_elements']):.1f}")
+    return f"{speed}\n{memory}\n{scatter(chosen)}"
 
 
 def gpu_speed(rows: Sequence[Row]) -> str:
-    """Return times on a GPU, with the share of a copy's speed that each reaches."""
-    text = ""
-    for (dtype,) in distinct(timed(rows), "dtype"):
-        here = timed(rows, dtype=dtype)
-        names, lines = contenders(here, FLOOR), []
-        for problem, of in problems(here).items():
-            copy = float(of["copy"]["us_50"])
-            reached = [f" ({copy / float(of[name]['us_50']):.0%})" if name in of else "" for name in names]
-            cells = [microseconds(of.get(name)) + share for name, share in zip(names, reached, strict=True)]
-            lines.append([problem, microseconds(of["copy"]), *cells])
-        text += f"{dtype}, µs (share of the copy's speed):\n\n{markdown.table(['N × C', 'copy', *names], lines)}\n"
-    failed = [
-        f"- {row['n']} × {row['classes']}, {row['dtype']}, {row['contender']}: {row['note']}"
-        for row in rows
-        if row.get("note")
-    ]
-    notes = "\n".join(["Failed:", "", *failed, "", ""]) if failed else ""
-    return f"{text}{notes}{where(rows)}.\n" if text else ""
+    """Return the times on a GPU, with the share of a copy's speed that each reaches."""
+
+    def cell(row: Row, line: dict[str, Row]) -> str:
+        if row.get("note"):
+            return f"failed: {row['note']}"
+        share = float(line["copy"]["us_50"]) / float(row["us_50"])
+        return microseconds(row["us_50"]) + ("" if row is line["copy"] else f" ({share:.0%})")
+
+    if not timed(rows):
+        return ""
+    shown = [row for row in without(rows, FLOOR) if row["us_50"] or row.get("note")]
+    table = pivot("N × C", shown, lambda row: f"{problem(row)}, {row['dtype']}", contender, cell)
+    return f"{table}\nµs (share of the copy's speed). {where(rows)}.\n"
 
 
 def host(rows: Sequence[Row]) -> str:
     """Return the host's CPU time, its share of the usual expression's, and launches."""
-    shapes = problems([row for row in rows if row.get("launches")])
-    if not shapes:
-        return ""
-    lines = []
-    for name in contenders(rows):
-        found = [(here[name], float(here["usual"]["host_us"])) for here in shapes.values() if name in here]
-        if found:
-            shares = [float(row["host_us"]) / usual for row, usual in found]
-            cells = [
-                f"{microseconds(row, 'host_us')} µs ({share:.2f}), {row['launches']}"
-                for (row, _), share in zip(found, shares, strict=True)
-            ]
-            lines.append([name, *cells])
-    head = ["forward and backward", *shapes]
+    usual = {problem(row): float(row["host_us"]) for row in rows if row["contender"] == "usual" and row["host_us"]}
+
+    def cell(row: Row, _: dict[str, Row]) -> str:
+        share = float(row["host_us"]) / usual[problem(row)]
+        return f"{microseconds(row['host_us'])} µs ({share:.2f}), {row['launches']}"
+
+    counted = [row for row in rows if row.get("launches")]
     real = "" if timed(rows) else " Measured without a GPU, with CUDA calls that do nothing."
-    return (
-        f"{markdown.table(head, lines)}\nCPU time (share of the usual expression's), launches.{real} {where(rows)}.\n"
-    )
+    text = f"\nCPU time (share of the usual expression's), launches.{real} {where(rows)}.\n"
+    return pivot("forward and backward", counted, contender, problem, cell) + text if counted else ""
 
 
 # Accuracy, training steps, compiled kernels.
@@ -170,101 +150,71 @@ def number(text: str) -> str:
 
 
 def accuracy(rows: Sequence[Row]) -> str:
-    names = contenders(rows)
-    lines = []
-    for case, measure in distinct((row for row in rows if row["case"] != "sweep"), "case", "measure"):
-        here = {row["contender"]: row["value"] for row in rows if (row["case"], row["measure"]) == (case, measure)}
-        show = (lambda text: f"{100 * float(text):.2g} %") if measure == "KL, negative" else number
-        lines.append([case, measure, *(show(here[name]) if name in here else "-" for name in names)])
-    tiny = [float(row["true_kl"]) for row in rows if row["case"] == "small KL"]
-    setting = f"{rows[0]['rows']} rows of {rows[0]['classes']} classes"
-    setting += f"; the median small KL is {tiny[0]:.1e}" if tiny else ""
-    return f"{markdown.table(['logits', 'error of', *names], lines)}\n{setting}. {where(rows)}.\n"
+    def cell(row: Row, _: dict[str, Row]) -> str:
+        return f"{100 * float(row['value']):.2g} %" if row["measure"] == "KL, negative" else number(row["value"])
+
+    shown = [row for row in rows if row["case"] != "sweep"]
+    text = pivot("error", shown, lambda row: f"{row['case']}: {row['measure']}", contender, cell)
+    tiny = "".join(
+        f"; the median small KL is {value:.1e}" for value in {float(row["true_kl"] or 0) for row in shown} - {0.0}
+    )
+    return f"{text}\n{rows[0]['rows']} rows of {rows[0]['classes']} classes{tiny}. {where(rows)}.\n"
 
 
 def step(rows: Sequence[Row]) -> str:
-    cell = {(row["contender"], row["phase"]): row for row in rows}
-    phases = [phase for (phase,) in distinct(rows, "phase") if phase != "forward"]
     lines = []
-    for name in contenders(rows, "one forward"):
-        seconds = [f"{float(cell[name, p]['s_50']):.3g}" if (name, p) in cell else "-" for p in phases]
-        ratio = cell[name, "step"]
-        spread = f"{float(ratio['ratio_20']):.2f} - {float(ratio['ratio_80']):.2f}"
-        lines.append([name, *seconds, f"**{float(ratio['ratio_50']):.2f}** ({spread})"])
-    of = rows[0]
-    forward = float(cell["CKTAT", "teacher"]["s_50"]) / float(cell["one forward", "forward"]["s_50"])
-    head = ["", *(f"{phase}, s" for phase in phases), "times a PGD-AT step (20 - 80 %)"]
+    for row in rows:
+        spread = f"{float(row['ratio_20']):.2f} - {float(row['ratio_80']):.2f}"
+        lines.append([row["contender"], f"{float(row['s_50']):.3g}", f"**{float(row['ratio_50']):.2f}** ({spread})"])
+    table, of = markdown.table(["", "seconds", "times a PGD-AT step (20 - 80 %)"], lines), rows[0]
     setting = f"{of['arch']}, batch {of['batch']}, PGD-{of['attack_steps']}, medians of {of['rounds']} rounds"
-    teacher = f"The teacher's forward takes {forward:.2f} of one forward of the student in eval mode"
-    return f"{markdown.table(head, lines)}\n{teacher}. {setting}. {where(rows)}.\n"
+    return f"{table}\n{setting}. {where(rows)}.\n"
 
 
 def kernels(rows: Sequence[Row]) -> str:
     """Return the traffic of one step, and the worst of all kernels of each architecture and number of classes."""
-    cell = {(row["call"], row["dtype"], row["classes"]): row for row in rows}
-    calls, classes = [call for (call,) in distinct(rows, "call")], [c for (c,) in distinct(rows, "classes")]
     names = {
         "loss": "no gradient",
-        "training": "training, upstream gradient 1",
-        "backward": "and backward, if it is not 1",
+        "training": "training",
+        "backward": "and backward, if the upstream gradient is not 1",
     }
-    lines = []
-    for call in [*names, "recipe", *(call for call in calls if call.startswith("eager"))]:
-        here = [cell[call, "float32", c] for c in classes]
-        moves = slashed(f"{float(row['moves']):.1f}" for row in here)
-        lines.append(
-            [
-                names.get(call, call),
-                slashed(row["launches"] for row in here),
-                moves,
-                slashed(row["h100_us"] for row in here),
-            ]
-        )
-    of = f"N = {rows[0]['rows']}, C = {' / '.join(classes)}, float32"
-    text = markdown.table([of, "launches", "element moves per logit position", "µs at 3.0 TB/s"], lines)
+    chosen = [
+        row for row in rows if row["dtype"] == "float32" and row["architecture"] in ("any", rows[0]["architecture"])
+    ]
+    chosen = [row for row in chosen if row["call"] != "backward by rows"]
+
+    def cell(row: Row, _: dict[str, Row]) -> str:
+        return f"{row['launches']}, {float(row['moves']):.1f}, {microseconds(row['h100_us'])} µs"
+
+    by_call = pivot(
+        f"launches, element moves per logit position, time at 3.0 TB/s (float32, N = {rows[0]['rows']})",
+        chosen, lambda row: names.get(row["call"], row["call"]), lambda row: f"C = {row['classes']}", cell,
+    )  # fmt: skip
+    worst = ("registers", "spills", "local_bytes", "narrow_accesses", "shared_bytes", "instructions")
     lines = []
     for target, c in distinct((row for row in rows if row["kernel"]), "architecture", "classes"):
         same = [row for row in rows if (row["architecture"], row["classes"]) == (target, c)]
-        most = [
-            max(int(row[name]) for row in same)
-            for name in ("registers", "spills", "local_bytes", "narrow_accesses", "shared_bytes", "instructions")
-        ]
         warps = min((int(row["warps_on_sm"]) for row in same if row["warps_on_sm"]), default="-")
-        lines.append([target, c, most[0], warps, *most[1:]])
-    head = [
-        "worst of all calls and dtypes",
-        "C",
-        "registers",
-        "warps on an SM",
-        "spills",
-        "local bytes",
-        "narrow accesses",
-        "shared bytes",
-        "instructions",
-    ]
+        lines.append([f"{target}, C = {c}", *(max(int(row[name]) for row in same) for name in worst), warps])
+    head = ["worst of all calls and dtypes", *(name.replace("_", " ") for name in worst), "warps on an SM"]
     versions = f"torch {rows[0]['torch']}, Triton {rows[0]['triton']}, {rows[0]['date']}"
-    return f"{text}\n{markdown.table(head, lines)}\n{versions}.\n"
-
-
-def slashed(cells: Iterable[str]) -> str:
-    """Return the cells as one; equal ones once."""
-    texts = list(cells)
-    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+    return f"{by_call}\n{markdown.table(head, lines)}\n{versions}.\n"
 
 
 # Pictures.
 
 
-def styles(names: Sequence[str]) -> dict[str, Mapping[str, object]]:
-    lines = ["-" if name.startswith("ours") else "--" for name in names]
+def styles(names: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Return colour, marker and line of each contender. Ours are solid lines."""
     return {
-        name: {"color": COLOURS[k % len(COLOURS)], "linestyle": line, "marker": "osD^vPX*"[k % 8]}
-        for k, (name, line) in enumerate(zip(names, lines, strict=True))
+        name: {"color": colour, "marker": marker, "linestyle": "-" if name.startswith("ours") else "--"}
+        for name, colour, marker in zip(names, COLOURS, "osD^vPX*p", strict=False)
     }
 
 
-def canvas(title: str, panels: int, height: float) -> tuple[Figure, Sequence[Axes]]:
-    figure, axes = plt.subplots(panels, squeeze=False, figsize=(7, height), layout="constrained")
+def canvas(title: str, height: float, panels: Sequence[int] = (1,)) -> tuple[Figure, Sequence[Axes]]:
+    options = {"gridspec_kw": {"height_ratios": panels}, "figsize": (7, height), "layout": "constrained"}
+    figure, axes = plt.subplots(len(panels), squeeze=False, **options)
     axes[0, 0].set_title(title, loc="left", fontsize=11)
     for one in axes[:, 0]:
         one.spines[["top", "right"]].set_visible(False)
@@ -273,32 +223,32 @@ def canvas(title: str, panels: int, height: float) -> tuple[Figure, Sequence[Axe
 
 def speed_picture(rows: Sequence[Row]) -> Figure:
     """Draw the time of each problem above, peak memory below."""
-    chosen = timed(rows, logits="independent", dtype="float32")
-    shapes, names = problems(chosen), contenders(chosen, FLOOR)
-    figure, (above, below) = canvas(f"Forward and backward, float32, {chosen[0]['machine']}", 2, 7.5)
-    for name in (*names, "copy"):
-        look = styles(names).get(name, {"color": "0.6", "linestyle": ":"})
-        times = [float(here[name]["us_50"]) if name in here else math.nan for here in shapes.values()]
-        above.plot([*shapes], times, label="a copy of as few bytes as possible" if name == "copy" else name, **look)
+    chosen = without(timed(rows, logits="independent", dtype="float32"), FLOOR)
+    names = [name for (name,) in distinct(chosen, "contender")]
+    figure, (above, below) = canvas(f"Forward and backward, float32, {chosen[0]['machine']}", 7.5, (2, 1))
+    for name, look in styles(names).items():
+        own = [row for row in chosen if row["contender"] == name]
+        look = {"color": "0.6", "linestyle": ":"} if name == "copy" else look
+        label = "a copy of as few bytes as possible" if name == "copy" else name
+        above.plot([problem(row) for row in own], [float(row["us_50"]) for row in own], label=label, **look)
     above.set(yscale="log", xlabel="N × C", ylabel="µs")
-    above.legend(frameon=False, fontsize=8)
-    above.grid(alpha=0.3)
-    shape, here = max(shapes.items(), key=lambda item: item[0].endswith(" 1000"))
-    bars = [name for name in names if name in here][::-1]
-    peaks = [float(here[name]["peak_elements"]) for name in bars]
-    below.bar_label(
-        below.barh(bars, peaks, color=[styles(names)[name]["color"] for name in bars]), fmt="%.1f", padding=3
-    )
+    shape = next((problem(row) for row in chosen if row["classes"] == "1000"), problem(chosen[0]))
+    bars = [row for row in without(chosen, "copy") if problem(row) == shape][::-1]
+    colours = [styles(names)[row["contender"]]["color"] for row in bars]
+    drawn = below.barh([row["contender"] for row in bars], [float(row["peak_elements"]) for row in bars], color=colours)
+    below.bar_label(drawn, fmt="%.1f", padding=3)
     below.axvline(2, color="0.4", linestyle=":")
     below.set(xlabel=f"peak memory at {shape}, elements per logit position (dotted: the two gradients)")
+    above.legend(frameon=False, fontsize=8)
+    above.grid(alpha=0.3)
     return figure
 
 
 def accuracy_picture(rows: Sequence[Row]) -> Figure:
     """Draw the relative error of the KL against the KL itself."""
     sweep = [row for row in rows if (row["case"], row["measure"]) == ("sweep", "KL, median")]
-    figure, (axes,) = canvas("Error of a KL against the KL itself (float32, logits at 30 ± 5)", 1, 4.4)
-    for name, look in styles(contenders(sweep)).items():
+    figure, (axes,) = canvas("Error of a KL against the KL itself (float32, logits at 30 ± 5)", 4.4)
+    for name, look in styles([name for (name,) in distinct(sweep, "contender")]).items():
         own = [row for row in sweep if row["contender"] == name]
         errors = [max(float(row["value"]), 1e-9) for row in own]  # a log axis has no zero
         axes.plot([float(row["true_kl"]) for row in own], errors, label=name, markersize=5, **look)

@@ -9,9 +9,9 @@ contenders alike. Writes speed-<device>.csv; benchmarks/README.md explains its c
 from __future__ import annotations
 
 import gc
-import importlib
 import multiprocessing
 import os
+import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -317,19 +317,16 @@ def shape(text: str) -> tuple[int, int]:
     return n, classes
 
 
-def function(text: str) -> Callable[[], int]:
-    module, _, name = text.partition(":")
-    found: Callable[[], int] = getattr(importlib.import_module(module), name)
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = machine.parser(__doc__)
     parser.add_argument("--shapes", type=shape, nargs="+", metavar="NxC", help="(default: those of the pages)")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="DTYPE")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
     parser.add_argument(
-        "--counter", type=function, metavar="MODULE:FUNCTION", help="counts launches where torch's profiler cannot"
+        "--counter",
+        type=pkgutil.resolve_name,
+        metavar="MODULE:FUNCTION",
+        help="counts launches where torch's profiler cannot",
     )
     args = parser.parse_args(arguments)
     device, compiling = args.device, not args.no_compile

@@ -1,4 +1,4 @@
-"""Time of one training step, phase by phase: CKTAT, PGD-AT, and TRADES as its authors' code runs it.
+"""Time of one training step: CKTAT, PGD-AT, and TRADES as its authors' code runs it.
 
     python -m benchmarks.step          ResNet-18, 32 x 32, PGD-10 (--help explains the options)
 
@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import machine
-from benchmarks.speed import quantiles
+from benchmarks import machine, speed
 from cktat_loss import CKTATLoss
 
 sys.path.append(str(machine.ROOT / "examples"))
@@ -32,91 +30,56 @@ from pgd import eval_mode, pgd
 
 EPS, STEP, BETA, CLASSES, PIXELS = 8 / 255, 2 / 255, 6.0, 10, 32
 BATCH = {"cpu": 8, "cuda": 128}
-Rounds = dict[str, list[dict[str, float]]]  # by contender, the seconds of each phase in each round
-
-
-class Phases:
-    """Adds up the seconds of each phase of a step: the processor's time on a CPU, else the wall's."""
-
-    def __init__(self, device: str) -> None:
-        self._now = time.process_time if device == "cpu" else time.perf_counter
-        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._wait()
-        start = self._now()
-        yield
-        self._wait()
-        self._seconds[name] += self._now() - start
-
-    def take(self) -> dict[str, float]:
-        """Return the seconds since the last call of this method."""
-        taken = dict(self._seconds)
-        self._seconds.clear()
-        return taken
 
 
 class Bench:
-    """One model and one batch, and a method per contender: one training step, its phases timed."""
+    """One model and one batch, and a method per contender: one training step."""
 
     def __init__(self, arch: str, batch: int, steps: int, device: str) -> None:
         self.model = build(arch, "cifar10", CLASSES).to(device)
         self.x = torch.rand(batch, 3, PIXELS, PIXELS, device=device)
         self.y = torch.randint(CLASSES, (batch,), device=device)
-        self.phase = Phases(device)
-        self.attack = {"eps": EPS, "step": STEP, "steps": steps}
+        self.attack = partial(pgd, self.model, self.x, self.y, eps=EPS, step=STEP, steps=steps)
+        self.steps = steps
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
         self.criterion = CKTATLoss(self.model, tau=2.0, beta=BETA, adaptive=True, detach_clean=True)
 
-    def contenders(self) -> dict[str, Callable[[], None]]:
+    def contenders(self) -> dict[str, Callable[[], object]]:
         return {
             "PGD-AT": self.pgd_at,
             "CKTAT": self.cktat,
             "TRADES": self.trades,
             "TRADES, lean": self.trades_lean,
+            "the attack of PGD-AT and CKTAT": self.attack,
             "one forward": self.one_forward,
         }
 
     def pgd_at(self) -> None:
-        with self.phase("attack"):
-            x_adv = pgd(self.model, self.x, self.y, **self.attack)
-        with self.phase("student"):
-            self._descend(F.cross_entropy(self.model(x_adv), self.y))
+        self._descend(F.cross_entropy(self.model(self.attack()), self.y))
 
     def cktat(self) -> None:
-        with self.phase("attack"):
-            x_adv = pgd(self.model, self.x, self.y, **self.attack)
-        with self.phase("teacher"), torch.no_grad():
-            teacher_logits = self.criterion.teacher(self.x)
-        with self.phase("student"):
-            clean, adv = self.model(torch.cat([self.x, x_adv])).chunk(2)
-            loss = self.criterion(clean_logits=clean, adv_logits=adv, teacher_logits=teacher_logits, y=self.y)
-            self._descend(loss)
+        clean, adv = self.model(torch.cat([self.x, self.attack()])).chunk(2)
+        self._descend(self.criterion(clean_logits=clean, adv_logits=adv, x=self.x, y=self.y))
 
     def trades(self) -> None:
-        with self.phase("attack"), eval_mode(self.model):
+        with eval_mode(self.model):
             x_adv = self._near()
-            for _ in range(self.attack["steps"]):
+            for _ in range(self.steps):
                 x_adv.requires_grad_()
                 (gradient,) = torch.autograd.grad(self._kl(x_adv, self.model(self.x)), x_adv)
                 x_adv = x_adv.detach() + STEP * gradient.sign()
                 x_adv = torch.min(torch.max(x_adv, self.x - EPS), self.x + EPS).clamp(0, 1)
-        with self.phase("student"):
-            natural = F.cross_entropy(self.model(self.x), self.y)
-            self._descend(natural + BETA * self._kl(x_adv, self.model(self.x)) / len(self.x))
+        natural = F.cross_entropy(self.model(self.x), self.y)
+        self._descend(natural + BETA * self._kl(x_adv, self.model(self.x)) / len(self.x))
 
     def trades_lean(self) -> None:
-        with self.phase("attack"):
-            x_adv = pgd(self.model, self.x, self.y, **self.attack, loss="kl", start=self._near())
-        with self.phase("student"):
-            clean = self.model(self.x)
-            self._descend(F.cross_entropy(clean, self.y) + BETA * self._kl(x_adv, clean) / len(self.x))
+        x_adv = self.attack(loss="kl", start=self._near())
+        clean = self.model(self.x)
+        self._descend(F.cross_entropy(clean, self.y) + BETA * self._kl(x_adv, clean) / len(self.x))
 
     def one_forward(self) -> None:
-        """Run what the teacher's forward has to be measured against."""
-        with self.phase("forward"), eval_mode(self.model), torch.no_grad():
+        """Run what CKTAT's teacher costs."""
+        with eval_mode(self.model), torch.no_grad():
             self.model(self.x)
 
     def _near(self) -> Tensor:
@@ -131,15 +94,22 @@ class Bench:
         self.optimizer.step()
 
 
-def table(times: Rounds) -> list[dict[str, object]]:
-    """Return one row per contender and phase: quantiles of its seconds, and of its ratio to a PGD-AT step."""
-    base = [sum(phases.values()) for phases in times["PGD-AT"]]
+def wall_seconds(step: Callable[[], object]) -> float:
+    """Return the time of a step on a GPU, waited for."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def table(times: dict[str, list[float]]) -> list[dict[str, object]]:
+    """Return one row per contender: quantiles of its seconds, and of its ratio to a PGD-AT step, round by round."""
     rows: list[dict[str, object]] = []
-    for name, rounds in times.items():
-        for phase in ("step", *rounds[0]):
-            seconds = [sum(phases.values()) if phase == "step" else phases[phase] for phases in rounds]
-            ratios = [own / step for own, step in zip(seconds, base, strict=True)]
-            rows.append({"contender": name, "phase": phase, **quantiles(seconds, "s"), **quantiles(ratios, "ratio")})
+    for name, seconds in times.items():
+        ratios = [own / base for own, base in zip(seconds, times["PGD-AT"], strict=True)]
+        quantiles = {**speed.quantiles(seconds, "s"), **speed.quantiles(ratios, "ratio")}
+        rows.append({"contender": name, **quantiles, "rounds": len(seconds)})
     return rows
 
 
@@ -154,24 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arch", default="resnet18", help="of examples/networks.py (default: %(default)s)")
     parser.add_argument("--batch", type=number, help=f"images per step (default: {BATCH})")
     parser.add_argument("--steps", type=number, default=10, help="of the attack (default: %(default)s)")
-    parser.add_argument("--rounds", type=number, default=7, help="timed steps per contender (default: %(default)s)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     batch = args.batch or BATCH[args.device]
-    bench = Bench(args.arch, batch, args.steps, args.device)
+    contenders = Bench(args.arch, batch, args.steps, args.device).contenders()
+    for step in contenders.values():
+        step()  # the first one is not timed
+    clock = wall_seconds if args.device == "cuda" else partial(speed.cpu_seconds, repeats=1)
+    times = speed.take_turns({name: partial(clock, step) for name, step in contenders.items()}, seconds=20.0)
+    where = {"arch": args.arch, "batch": batch, "attack_steps": args.steps, **machine.environment(args.device)}
     path: Path = args.out / f"step-{machine.slug(args.device)}.csv"
-    times: Rounds = {name: [] for name in bench.contenders()}
-    for done in range(-1, args.rounds):
-        for name, step in bench.contenders().items():
-            step()
-            taken = bench.phase.take()
-            if done >= 0:  # the first round warms up
-                times[name].append(taken)
-        print(f"round {done + 1} of {args.rounds}", flush=True)
-        if done >= 0:
-            of = {"arch": args.arch, "batch": batch, "attack_steps": args.steps, "rounds": done + 1}
-            machine.write(path, [{**row, **of, **machine.environment(args.device)} for row in table(times)])
+    machine.write(path, [row | where for row in table(times)])
     print(f"saved {path}")
 
 
