@@ -69,13 +69,14 @@ def computes() -> bool:
 
 
 def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows as CSV, under all the names that any of them has; floats with four digits."""
+    """Write rows as CSV, under all the names that any of them has; floats with four digits. The file is never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.with_suffix(".tmp").open("w", newline="") as file:
         names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(file, list(names), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    path.with_suffix(".tmp").replace(path)
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -129,7 +129,7 @@ def host(rows: Sequence[Row]) -> str:
     usual = {problem(row): float(row["host_us"]) for row in rows if row["contender"] == "usual" and row["host_us"]}
 
     def cell(row: Row, _: dict[str, Row]) -> str:
-        share = float(row["host_us"]) / usual[problem(row)]
+        share = float(row["host_us"]) / usual.get(problem(row), math.nan)
         return f"{microseconds(row['host_us'])} µs ({share:.2f}), {row['launches']}"
 
     counted = [row for row in rows if row.get("launches")]
