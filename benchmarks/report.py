@@ -49,7 +49,7 @@ def pivot(corner: str, rows: Iterable[Row], line: Key, column: Key, cell: Callab
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         found.setdefault(line(row), {})[column(row)] = row
-    names = list(dict.fromkeys(name for here in found.values() for name in here))
+    names = sorted({name: 0 for here in found.values() for name in here}, key=lambda name: name.startswith("ours"))
     lines = [[label, *(cell(here[n], here) if n in here else "-" for n in names)] for label, here in found.items()]
     head = [f"`{name.removeprefix('usual, ')}=True`" if name == "usual, log_target" else name for name in names]
     return markdown.table([corner, *head], lines)

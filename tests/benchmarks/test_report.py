@@ -69,10 +69,10 @@ def test_the_scatter_is_the_largest_of_the_ratios() -> None:
 
 def test_a_gpus_tables_have_the_share_of_the_copy_and_name_what_failed() -> None:
     text = report.gpu_speed(gpu_rows())
-    assert text.startswith("| N × C | usual | ours | copy | usual, compiled |\n")
-    assert "| 2 × 1000, float32 | 100 (10%) | 20 (50%) | 10 | - |" in text
-    assert "| 2 × 21841, bfloat16 | - | - | 25 | 50 (50%) |" in text
-    assert "| 2 × 32000, float32 | - | failed: OutOfMemoryError: full | - | - |" in text
+    assert text.startswith("| N × C | usual | copy | usual, compiled | ours |\n")
+    assert "| 2 × 1000, float32 | 100 (10%) | 10 | - | 20 (50%) |" in text
+    assert "| 2 × 21841, bfloat16 | - | 25 | 50 (50%) | - |" in text
+    assert "| 2 × 32000, float32 | - | - | - | failed: OutOfMemoryError: full |" in text
     host = report.host(gpu_rows())
     assert "| ours | 200 µs (0.50), 3 |" in host
     assert "without a GPU" not in host
