@@ -63,7 +63,7 @@ def tests() -> tuple[str, ...]:
     """Return the pytest command for the tests that need a GPU, in parallel if pytest-xdist is there."""
     has_option = "--backend" in (machine.ROOT / "tests" / "conftest.py").read_text()
     gpu = ("--backend=gpu",) if has_option else ("-m", "gpu")
-    parallel = () if missing(["xdist"]) else ("-n", "12")
+    parallel = () if missing(["xdist"]) else ("-n", str(min(12, os.cpu_count() or 1)))
     return ("pytest", *gpu, "-p", "no:cacheprovider", "--tb=short", "-q", "-rfEs", *parallel, "tests/test_gpu.py")
 
 

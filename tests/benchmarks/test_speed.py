@@ -118,7 +118,7 @@ def test_memory_of_a_known_case() -> None:
 
 
 def test_launches_by_a_counter() -> None:
-    launched = [0]
+    launched = [5]
 
     def call() -> None:
         launched[0] += 3
