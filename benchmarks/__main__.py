@@ -25,7 +25,7 @@ import torch
 from benchmarks import machine, markdown
 
 NEEDED = {"cpu": ("matplotlib",), "cuda": ("triton", "pytest", "hypothesis", "matplotlib")}
-GRACE = 8.0  # seconds between the signals that ask a part to stop, and that stop it
+GRACE = 12.0  # seconds of a part for its summary, after the signal that asks it to stop: pytest-xdist waits for 10
 LONGEST = 12_000  # characters of a part's output that the report shows: its end
 
 
@@ -84,13 +84,13 @@ def run(part: Part, seconds: float) -> Outcome:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         try:
-            code = process.wait(max(1.0, seconds - GRACE))
+            code = process.wait(max(seconds - GRACE, seconds / 2))
             state = f"failed (exit status {code})" if code else "good"
         except subprocess.TimeoutExpired:
             state = f"stopped after {seconds:.0f} s"
             signal_all(process, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(min(GRACE, seconds / 2))
         finally:
             signal_all(process, signal.SIGKILL)  # torch.compile's workers outlive a process that is stopped
             process.wait()
@@ -120,20 +120,21 @@ def page(outcomes: dict[Part, Outcome], measured: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = machine.parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="for all of it (default: 9, on a GPU 5.5)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA or ROCm GPU here")
     if absent := missing(NEEDED[args.device]):
         parser.error(f"missing here: {absent}")
+    minutes = args.minutes or {"cpu": 9.0, "cuda": 5.5}[args.device]
     from benchmarks import report
 
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     outcomes: dict[Part, Outcome] = {}
     for part in parts(args.device, out, not args.no_compile):
-        outcomes[part] = run(part, 60 * args.minutes * part.share)
+        outcomes[part] = run(part, 60 * minutes * part.share)
         if args.device == "cuda":
             slug = machine.slug("cuda")
             (out / f"{slug}.md").write_text(page(outcomes, report.of_device(out, slug)))

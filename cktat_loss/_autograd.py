@@ -1,152 +1,242 @@
-"""Autograd around the backends: what is computed when, and the dtype in which it comes back."""
+"""Autograd around the backends: which backend computes the loss, and when gradients are computed."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cktat_loss import _cpu, _plain, kernels
-from cktat_loss._plain import Gradients, Pass, Problem, Upstream
+from cktat_loss._backends import (
+    Backend,
+    CKTATTerms,
+    Gradients,
+    Needs,
+    Problem,
+    Weighting,
+    is_exporting,
+    is_mapped,
+    is_transformed,
+)
+
+NO_GRADIENTS = Needs(clean=False, adv=False)
 
 
-def compute(problem: Problem, return_terms: bool, backend: str) -> Pass:
-    """The loss or both terms, differentiable in ``clean`` and ``adv`` as often as asked. The teacher is detached."""
-    transformed = _transformed()
-    if transformed or problem.teacher.requires_grad:
-        problem = problem._replace(teacher=problem.teacher.detach())
-    clean, adv, teacher, tau, beta, y, reduction = problem
-    if transformed:  # derivatives and maps of any kind, by plain ops alone
-        return _plain.forward(problem, return_terms, (True, True))
-    if torch.compiler.is_compiling():  # plain ops too: the compiler fuses them, and an operator of ours costs its host
-        guidance, consistency = _InGraph.apply(clean, adv, teacher.detach(), tau)
-        return _plain.from_terms(problem, guidance, consistency, return_terms)
-    chosen = _choose(backend, clean, adv, teacher)
-    if torch.is_grad_enabled() and (clean.requires_grad or adv.requires_grad):
-        clean, adv, teacher = _savable(clean), _savable(adv), _savable(teacher)
-        beta, y = beta if isinstance(beta, float) else _savable(beta), y if y is None else _savable(y)
-        return Pass(*_Loss.apply(clean, adv, teacher, tau, beta, y, reduction, return_terms, chosen))
-    out: Pass = chosen.forward(problem, return_terms, (False, False))
-    return out
+def loss(problem: Problem, weighting: Weighting, return_terms: bool, backend: str) -> tuple[Tensor, CKTATTerms | None]:
+    """Compute the loss, differentiable any number of times in the logits of the student.
+
+    The terms are detached, and None unless ``return_terms``.
+    """
+    compiling = torch.compiler.is_compiling()
+    if is_transformed() or (compiling and is_exporting()):
+        out = _plain.loss_forward(problem, weighting, NO_GRADIENTS, return_terms)
+        return out.loss, out.terms
+    if compiling:
+        out = _plain.combine(problem, weighting, _terms_in_graph(problem), return_terms)
+        return out.loss, out.terms
+    chosen = choose(backend, problem.clean, problem.adv, problem.teacher)
+    if _needs_gradients(problem):
+        problem = _savable_problem(problem)
+        weighting = _savable_weighting(weighting)
+        value, guidance, consistency = _Loss.apply(problem.clean, problem.adv, problem, weighting, return_terms, chosen)
+        return value, CKTATTerms(guidance, consistency) if return_terms else None
+    out = chosen.loss_forward(problem, weighting, NO_GRADIENTS, return_terms)
+    return out.loss, out.terms
+
+
+def terms(problem: Problem, backend: str) -> CKTATTerms:
+    """Compute both terms, each (N,), differentiable any number of times in the logits of the student."""
+    compiling = torch.compiler.is_compiling()
+    if is_transformed() or (compiling and is_exporting()):
+        return _plain.terms_forward(problem)
+    if compiling:
+        return _terms_in_graph(problem)
+    chosen = choose(backend, problem.clean, problem.adv, problem.teacher)
+    if _needs_gradients(problem):
+        problem = _savable_problem(problem)
+        return CKTATTerms(*_Terms.apply(problem.clean, problem.adv, problem, chosen))
+    return chosen.terms_forward(problem)
+
+
+def choose(backend: str, *logits: Tensor) -> Backend:
+    """Return the backend that computes a problem with these logits.
+
+    ``_checks.backend`` has verified that the kernels support them if ``backend`` is "triton".
+    """
+    on_cpu = logits[0].device.type == "cpu"
+    # Triton's interpreter takes CPU tensors too, but only if it is asked for by name.
+    if backend == "triton" or (backend == "auto" and not on_cpu and all(map(kernels.supports, logits))):
+        return kernels
+    # A tensor subclass may have no data to branch on. A fake tensor has none.
+    if on_cpu and all(type(x) in kernels.SUPPORTED_TYPES and x.dtype != torch.float64 for x in logits):
+        return _cpu
+    return _plain
 
 
 class _Loss(torch.autograd.Function):
-    """The whole loss, or both terms, as one node: autograd adds no work of its own around it.
+    """The loss as one node of the autograd graph.
 
-    A backend may compute the gradients with the loss, for an upstream gradient of one. They are held for one backward
-    pass, which scales them; a second one, over a retained graph, computes them again.
+    A backend may compute the gradients with the loss, for a grad_output of one. They serve one backward pass, which
+    scales them. A second backward pass over a retained graph computes the gradients again.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        *fields, return_terms, backend = arguments
-        problem = Problem(*fields)
-        out: Pass = backend.forward(problem, return_terms, ctx.needs_input_grad)
-        # The logits also where the backward pass will not look at them: a change in place must still be an error.
-        clean, adv, teacher, tau, beta, y, reduction = problem
-        saved_beta, number = (beta, None) if isinstance(beta, Tensor) else (None, beta)
-        ctx.save_for_backward(clean, adv, teacher, saved_beta, y)
-        ctx.others, ctx.backend, ctx.held = (tau, number, reduction), backend, out.held
+    def forward(
+        ctx: Any,
+        clean: Tensor,
+        adv: Tensor,
+        problem: Problem,
+        weighting: Weighting,
+        return_terms: bool,
+        backend: Backend,
+    ) -> tuple[Tensor | None, ...]:
+        needs = Needs(*ctx.needs_input_grad[:2])
+        out = backend.loss_forward(problem, weighting, needs, return_terms)
+        # Save the logits even if the backward pass will not read them: a change in place must still be an error.
+        has_tensor = isinstance(weighting.beta, Tensor)
+        ctx.save_for_backward(clean, adv, problem.teacher, weighting.beta if has_tensor else None, weighting.y)
+        ctx.tau, ctx.beta, ctx.reduction = problem.tau, None if has_tensor else weighting.beta, weighting.reduction
+        ctx.backend, ctx.precomputed = backend, out.precomputed
         ctx.set_materialize_grads(False)
-        if return_terms and reduction != "terms":
-            ctx.mark_non_differentiable(out.guidance, out.consistency)
-        return out.loss, out.guidance, out.consistency
+        if out.terms is None:
+            return out.loss, None, None
+        ctx.mark_non_differentiable(out.terms.guidance, out.terms.consistency)
+        return out.loss, out.terms.guidance, out.terms.consistency
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         clean, adv, teacher, beta, y = ctx.saved_tensors
-        tau, number, reduction = ctx.others
-        problem = Problem(clean, adv, teacher, tau, number if beta is None else beta, y, reduction)
-        upstream = upstream[1:] if reduction == "terms" else upstream[:1]
-        if upstream[0] is None and upstream[-1] is None:  # what was made of the loss has no gradient for it
-            return (None,) * 9
-        if _is_differentiated(upstream):
-            gradients = _differentiable_backward(problem, upstream, ctx.needs_input_grad)
+        problem = Problem(clean, adv, teacher, ctx.tau)
+        weighting = Weighting(ctx.beta if beta is None else beta, y, ctx.reduction)
+        needs = Needs(*ctx.needs_input_grad[:2])
+        if grad_output is None:  # no gradient reaches the loss
+            d_clean, d_adv = None, None
+        elif _is_differentiated(grad_output):
+            with torch.enable_grad():
+                problem = _as_views(problem)
+                value = _plain.loss_forward(problem, weighting, NO_GRADIENTS, False).loss
+            d_clean, d_adv = _differentiable_gradients(problem, [value], [grad_output], needs)
         else:
-            # Handed over, not kept: autograd copies what somebody else still refers to.
-            held, ctx.held = ctx.held, None
-            gradients = ctx.backend.backward(problem, upstream, held, ctx.needs_input_grad)
-        return *gradients, None, None, None, None, None, None, None
+            # Drop our reference. Autograd copies a returned gradient if anything else still refers to it.
+            precomputed, ctx.precomputed = ctx.precomputed, None
+            d_clean, d_adv = ctx.backend.loss_backward(problem, weighting, grad_output, precomputed, needs)
+        return d_clean, d_adv, None, None, None, None
 
 
-class _InGraph(torch.autograd.Function):
+class _Terms(torch.autograd.Function):
+    """Both terms as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, clean: Tensor, adv: Tensor, problem: Problem, backend: Backend) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(clean, adv, problem.teacher)
+        ctx.tau, ctx.backend = problem.tau, backend
+        ctx.set_materialize_grads(False)
+        out = backend.terms_forward(problem)
+        return out.guidance, out.consistency
+
+    @staticmethod
+    def backward(ctx: Any, grad_guidance: Tensor | None, grad_consistency: Tensor | None) -> tuple[Tensor | None, ...]:
+        clean, adv, teacher = ctx.saved_tensors
+        problem, needs = Problem(clean, adv, teacher, ctx.tau), Needs(*ctx.needs_input_grad[:2])
+        given = [grad for grad in (grad_guidance, grad_consistency) if grad is not None]
+        if not given:  # no gradient reaches the terms
+            return None, None, None, None
+        if _is_differentiated(*given):
+            with torch.enable_grad():
+                problem = _as_views(problem)
+                guidance, consistency = _plain.terms_forward(problem)
+            pairs = [(guidance, grad_guidance), (consistency, grad_consistency)]
+            outputs = [term for term, grad in pairs if grad is not None]
+            return *_differentiable_gradients(problem, outputs, given, needs), None, None
+        zero = given[0].new_zeros(())
+        grad_guidance = zero if grad_guidance is None else grad_guidance
+        grad_consistency = zero if grad_consistency is None else grad_consistency
+        return *ctx.backend.terms_backward(problem, grad_guidance, grad_consistency, needs), None, None
+
+
+class _TermsInGraph(torch.autograd.Function):
     """Both terms for torch.compile, with a backward pass that starts from the logits.
 
-    Left to derive it, the compiler would keep five tensors of their size from one pass to the other.
+    If the compiler derived the backward pass itself, it would save five tensors of the logits' size. The compiler fuses
+    plain operations, whereas a custom operator would cost twice the host time.
     """
 
     @staticmethod
     def forward(ctx: Any, clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         ctx.tau = tau
         ctx.save_for_backward(clean, adv, teacher)
-        return _plain.terms(clean, adv, teacher, tau)
+        out = _plain.terms_forward(Problem(clean, adv, teacher, tau))
+        return out.guidance, out.consistency
 
     @staticmethod
-    def backward(ctx: Any, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_guidance: Tensor, grad_consistency: Tensor) -> tuple[Tensor | None, ...]:
         clean, adv, teacher = ctx.saved_tensors
-        d_clean, d_adv = _plain.gradients(clean, adv, teacher, ctx.tau, w_guidance, w_consistency)
-        weight = (w_guidance + w_consistency).unsqueeze(1)
-        return _bound_to(clean, d_clean, w_consistency.unsqueeze(1)), _bound_to(adv, d_adv, weight), None, None
+        problem = Problem(clean, adv, teacher, ctx.tau)
+        d_clean, d_adv = _plain.gradients(problem, grad_guidance, grad_consistency)
+        weight = (grad_guidance + grad_consistency).unsqueeze(1)
+        return _bind(d_clean, clean, grad_consistency.unsqueeze(1)), _bind(d_adv, adv, weight), None, None
 
 
-def _bound_to(logits: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient, which is NaN where the weight is, in a form that takes the logits themselves.
+def _terms_in_graph(problem: Problem) -> CKTATTerms:
+    # A view, because Dynamo does not take one tensor as two inputs of an autograd.Function.
+    adv = problem.adv.view_as(problem.adv)
+    return CKTATTerms(*_TermsInGraph.apply(problem.clean, adv, problem.teacher, problem.tau))
 
-    A compiled graph that kept only what it has made of them would have a silently wrong second derivative (torch 2.6 to
-    2.11 at least). Where it keeps an input that requires grad, PyTorch refuses a second derivative.
+
+def _bind(gradient: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient through an expression that depends on the logits, so that a compiled graph must save them.
+
+    If a graph saves only intermediates, a second derivative is silently wrong in torch 2.6 to 2.11. If it saves an
+    input that requires grad, PyTorch raises. The gradient is NaN wherever the weight is, so that the value is the same.
     """
     return torch.where(weight.isnan(), (logits + weight).to(gradient.dtype), gradient)
 
 
-def _choose(backend: str, *logits: Tensor) -> ModuleType:
-    """Who computes it: a module with a ``forward`` and a ``backward`` like plain's."""
-    on_cpu = logits[0].device.type == "cpu"
-    # In Triton's interpreter the kernels take CPU tensors too, but only where asked for by name.
-    if backend == "triton" or (backend == "auto" and not on_cpu and all(map(kernels.supports, logits))):
-        return kernels  # what "triton" needs, _checks.py has seen to
-    # A subclass may have no data to look at: a fake tensor has none.
-    branches = on_cpu and all(type(x) in kernels.PLAIN and x.dtype != torch.float64 for x in logits)
-    return _cpu if branches else _plain
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is at work. A private name, the same since 2.0."""
-    return _plain.transformed() or torch.autograd.forward_ad._current_level >= 0
+def _needs_gradients(problem: Problem) -> bool:
+    return torch.is_grad_enabled() and (problem.clean.requires_grad or problem.adv.requires_grad)
 
 
 def _savable(x: Tensor) -> Tensor:
-    """A copy of an inference tensor, which autograd could not save."""
+    """Copy an inference tensor, which autograd cannot save."""
     return x.clone() if x.is_inference() else x
 
 
-def _is_differentiated(upstream: Upstream) -> bool:
-    """Whether a backward pass is to be differentiated itself, or is mapped over many upstream gradients.
-
-    The mapping is that of ``autograd.grad(..., is_grads_batched=True)``. A private name, the same since torch 2.0.
-    """
-    return (
-        torch.is_grad_enabled()
-        or _transformed()
-        or any(u is not None and torch._C._functorch.is_legacy_batchedtensor(u) for u in upstream)
-    )
+def _savable_problem(problem: Problem) -> Problem:
+    return Problem(_savable(problem.clean), _savable(problem.adv), _savable(problem.teacher), problem.tau)
 
 
-def _differentiable_backward(problem: Problem, upstream: Upstream, needed: tuple[bool, ...]) -> Gradients:
-    """The gradients by autograd over plain ops: a second derivative is that of the formula, not of a saved number."""
-    with torch.enable_grad():
-        # Views: if one of the two depends on the other, each gradient must still be the partial one.
-        clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
-        out = _plain.forward(problem._replace(clean=clean, adv=adv), True, needed)
-    values = (out.guidance, out.consistency) if out.loss is None else (out.loss,)
-    used = [(value, u) for value, u in zip(values, upstream, strict=True) if value is not None and u is not None]
+def _savable_weighting(weighting: Weighting) -> Weighting:
+    beta, y, reduction = weighting
+    if isinstance(beta, Tensor):
+        beta = _savable(beta)
+    return Weighting(beta, y if y is None else _savable(y), reduction)
+
+
+def _is_differentiated(*grad_outputs: Tensor) -> bool:
+    """True if a backward pass is to be differentiated itself, or is mapped over many gradients."""
+    return torch.is_grad_enabled() or is_transformed() or is_mapped(grad_outputs)
+
+
+def _as_views(problem: Problem) -> Problem:
+    """Return a problem with views: if one of the logits depends on the other, each gradient must still be partial."""
+    clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
+    return Problem(clean, adv, problem.teacher, problem.tau)
+
+
+def _differentiable_gradients(
+    problem: Problem, outputs: list[Tensor], grad_outputs: list[Tensor], needs: Needs
+) -> Gradients:
+    """Return gradients that autograd derives from plain operations: their derivatives are those of the formula."""
+    inputs = [x for x, needed in ((problem.clean, needs.clean), (problem.adv, needs.adv)) if needed]
     found = torch.autograd.grad(
-        [value for value, _ in used],
-        [x for x, need in zip((clean, adv), needed, strict=False) if need],
-        [u for _, u in used],
+        outputs,
+        inputs,
+        grad_outputs,
         create_graph=torch.is_grad_enabled(),
-        materialize_grads=True,  # of the guidance alone, the clean logits get zeros
+        materialize_grads=True,  # the guidance alone has no gradient for the clean logits: zeros
     )
     gradients = iter(found)
-    return next(gradients) if needed[0] else None, next(gradients) if needed[1] else None
+    d_clean = next(gradients) if needs.clean else None
+    d_adv = next(gradients) if needs.adv else None
+    return d_clean, d_adv

@@ -6,13 +6,15 @@ changes during training recompiles at most once. Tensors' values are never looke
 
 from __future__ import annotations
 
+import builtins
 import math
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from cktat_loss import _plain, kernels
+from cktat_loss import kernels
+from cktat_loss._backends import is_traced
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_NEEDS = "it needs Triton and a CUDA or ROCm GPU; use 'auto' or 'torch'"
@@ -80,14 +82,31 @@ def logits(clean: Tensor, adv: Tensor, teacher: Tensor) -> None:
             raise ValueError(f"{name} must have the shape of clean_logits, {tuple(shape)}, got {describe(x)}")
         if x.device != device:
             raise ValueError(f"{name} must be on the device of clean_logits, {device}, got {describe(x)}")
+        combinable(name, x, "clean_logits", clean)
+    combinable("teacher_logits", teacher, "adv_logits", adv)
 
 
-def one_logits(name: str, x: Tensor) -> None:
-    """Dense floating (N, C) with C >= 1."""
+def combinable(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that torch can combine two tensors: of two subclasses of Tensor, one must be a subclass of the other."""
+    kind, other_kind = type(x), type(other)
+    if kind is other_kind or kind in kernels.SUPPORTED_TYPES or other_kind in kernels.SUPPORTED_TYPES or is_traced():
+        return
+    if not issubclass(kind, other_kind) and not issubclass(other_kind, kind):
+        kinds = f"{kind.__name__} and {other_kind.__name__}"
+        raise TypeError(f"{name} and {other_name} must have related types, got the unrelated tensor subclasses {kinds}")
+
+
+def tensor(name: str, x: Tensor) -> None:
+    """Check that ``x`` is a tensor. The error for a model's output object points at its ``.logits``."""
     if not isinstance(x, Tensor):
         has_logits = isinstance(getattr(x, "logits", None), Tensor)
         got = f"a {type(x).__name__}: pass its .logits" if has_logits else describe(x)
         raise TypeError(f"{name} must be a tensor of logits (N, C), got {got}")
+
+
+def one_logits(name: str, x: Tensor) -> None:
+    """Check one tensor of logits: dense, floating, (N, C) with C >= 1."""
+    tensor(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {describe(x)}")
     dense(name, x, "(N, C)")
@@ -114,19 +133,20 @@ def labels(y: Tensor, of: Tensor) -> None:
         raise ValueError(f"y must have shape ({of.shape[0]},), a label for each sample, got {describe(y)}")
     if y.device != of.device:
         raise ValueError(f"y must be on the device of adv_logits, {of.device}, got {describe(y)}")
+    combinable("y", y, "adv_logits", of)
+    if any(getattr(placement, "dim", None) == 1 for placement in getattr(of, "placements", ())):
+        raise TypeError(
+            "y cannot be used with adv_logits that are sharded over classes: redistribute them over samples"
+        )
     # Looking costs nothing on an eager CPU only; elsewhere such a label gives NaN.
-    if y.device.type == "cpu" and type(y) is Tensor and y.numel() and not _is_traced():
+    if y.device.type == "cpu" and type(y) is Tensor and y.numel() and not is_traced():
         lowest, highest = y.min().item(), y.max().item()
         if lowest < 0 or highest >= of.shape[1]:
             found = lowest if lowest < 0 else highest
             raise ValueError(f"y must hold labels from 0 to {of.shape[1] - 1}, got {found}")
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or _plain.transformed()
-
-
-def sample_weights(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> float | Tensor:
+def sample_beta(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> float | Tensor:
     """beta: a number >= 0, or without labels a floating tensor, 0-d or (N,), that takes no gradient."""
     if not isinstance(value, Tensor):
         return beta(value)
@@ -137,6 +157,7 @@ def sample_weights(value: float | Tensor, of: Tensor, y: Tensor | None = None) -
     dense("beta", value, "() or (N,)")
     if value.device != of.device:
         raise ValueError(f"beta must be on the device of the logits, {of.device}, got {describe(value)}")
+    combinable("beta", value, "the logits", of)
     n = of.shape[0]
     if value.ndim > 0 and value.shape != (n,):
         raise ValueError(
@@ -162,4 +183,7 @@ def describe(value: object) -> str:
         return f"a {kind}{shape}, {value.dtype}, on {value.device}{layout}"
     if isinstance(value, (str, bool, int, float, Real, type(None))):
         return f"{value!r} ({type(value).__name__})"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    if hasattr(builtins, name):  # numpy.bool is not bool
+        name = f"{type(value).__module__}.{name}".removeprefix("builtins.")
+    return f"a {name}"

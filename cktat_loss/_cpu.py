@@ -1,13 +1,13 @@
-"""Both terms of Eq. 17 and their gradients in closed form, for single precision and less on an eager CPU.
+"""Eq. 17 and its gradients for an eager CPU, in single precision or less.
 
-One pass over blocks of rows that stay in cache, with branches on data, which cost nothing there.
+Rows are processed in blocks that stay in cache, in place, with branches on data, which cost nothing on a CPU.
 
 Per row, with d = log p - log p_a for the target p of each term, and w_g, w_c the weights of the two terms:
 
     guidance    = KL(p_t || p_a) = sum p_t d_t        dL/da = w_g (p_a - p_t) + w_c (p_a - p_c)
     consistency = KL(p_c || p_a) = sum p_c d_c        dL/dc = w_c p_c (d_c - sum p_c d_c)
 
-In this form p_t = p_c = p_a leaves exactly zero, and a constant added to d drops out of dL/dc. Functions whose names
+In this form p_t = p_c = p_a gives exactly zero, and a constant added to d has no effect on dL/dc. Functions whose names
 end in ``_`` overwrite their arguments.
 """
 
@@ -20,158 +20,133 @@ import torch
 from torch import Tensor
 
 from cktat_loss import _plain
-from cktat_loss._plain import Gradients, Pass, Problem, Upstream
+from cktat_loss._backends import CKTATTerms, Forward, Gradients, Needs, Problem, Weighting
 
-# Large enough to amortise the calls of PyTorch, some thirty a block; small enough for a core's share of the cache.
-# A block takes up to 8 elements a logit position for itself, 1.6 MB.
+# Logit positions (rows times columns) per block and thread: enough to amortise some thirty calls of PyTorch per block,
+# and few enough for a core's share of the cache. A block allocates up to 8 float32 per position, 1.6 MB.
 BLOCK_ELEMENTS_PER_THREAD = 51200
-# Rounding leaves up to some 1e-7 in a plain float32 sum of p d: a KL below this is summed again, termwise.
-PLAIN_SUM_DOWN_TO = 0.02
-# Up to here a call costs more than its arithmetic: the fewest calls win.
-FEW_CALLS_UP_TO_ELEMENTS = 10000
+# A float32 sum of p d has an absolute error of some 1e-7. A smaller KL is summed again, in a form that cancels nothing.
+DIRECT_SUM_DOWN_TO = 0.02
 LOG2_E = 1 / math.log(2)
 
 
-class _Rows(NamedTuple):
-    """Of some rows: the terms; the weights of the consistency; the gradients, not cast."""
+class _Block(NamedTuple):
+    """Results for a block of rows, in float32."""
 
-    guidance: Tensor
-    consistency: Tensor
-    beta: float | Tensor
-    d_clean: Tensor | None
-    d_adv: Tensor | None
-
-
-class _Divergences(NamedTuple):
-    """Of some rows: the softmaxes; d of the clean logits up to a constant, and its mean under p_clean; the terms."""
-
-    p_clean: Tensor
-    p_adv: Tensor
-    p_teacher: Tensor
-    d_clean: Tensor
-    mean_d_clean: Tensor
-    guidance: Tensor
-    consistency: Tensor
+    guidance: Tensor  # (N,)
+    consistency: Tensor  # (N,)
+    weights: float | Tensor  # weight of the consistency, a number, () or (N,)
+    d_clean: Tensor | None  # (N, C), None if not needed
+    d_adv: Tensor | None  # (N, C), None if not needed
 
 
-def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
-    """As ``_plain.forward``, with the gradients of the rows' sum, not cast. Those of "terms" are left for later."""
-    only_terms = problem.reduction == "terms"
-    rows = _rows(problem, None, (False, False) if only_terms else needed)
-    loss = None if only_terms else _plain.reduced(rows.guidance, rows.consistency, rows.beta, problem.reduction)
-    held = None if only_terms else (rows.d_clean, rows.d_adv)
-    if not return_terms:
-        return Pass(loss, None, None, held)
-    # Copies, not two views of one tensor, which autograd would guard against changes.
-    return Pass(loss, rows.guidance.clone(), rows.consistency.clone(), held)
+def loss_forward(problem: Problem, weighting: Weighting, needs: Needs, return_terms: bool) -> Forward:
+    """Compute the loss, and the gradients of the rows' sum in float32, not yet scaled."""
+    rows = _all_rows(problem, weighting.beta, weighting.y, None, needs)
+    terms = CKTATTerms(rows.guidance, rows.consistency)
+    loss = _plain.reduce(terms, rows.weights, weighting.reduction)
+    return Forward(loss, terms if return_terms else None, (rows.d_clean, rows.d_adv))
 
 
-def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:
-    """As ``_plain.backward``: the gradients of the forward pass, scaled; or computed now."""
-    w_guidance, w_consistency = _plain.upstream_weights(problem, upstream)
-    if problem.reduction == "terms":
-        d_clean, d_adv = _rows(problem._replace(beta=w_consistency), w_guidance, needed)[3:]
-    else:
-        d_clean, d_adv = held or _rows(problem, None, needed)[3:]
-        _weighted_(d_clean, w_guidance)
-        _weighted_(d_adv, w_guidance)
-    return (
-        None if d_clean is None else d_clean.to(problem.clean.dtype),
-        None if d_adv is None else d_adv.to(problem.adv.dtype),
-    )
-
-
-def _rows(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...]) -> _Rows:
-    """All rows, block by block, and the gradients with ``w_guidance`` (None: 1) for the guidance's weights."""
-    n, classes = problem.adv.shape
-    # A share for each thread, but of a large problem no more than a fifth.
-    block = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
-    step = max(1, max(block, BLOCK_ELEMENTS_PER_THREAD) // classes)
-    if n <= step:
-        return _block(problem, w_guidance, needed)
-
-    def new(*shape: int) -> Tensor:
-        return problem.adv.new_empty(shape, dtype=torch.float32)
-
-    beta = problem.beta if problem.y is None else new(n)
-    d_clean, d_adv = new(n, classes) if needed[0] else None, new(n, classes) if needed[1] else None
-    whole = _Rows(new(n), new(n), beta, d_clean, d_adv)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-
-        def cut(x: Any, rows: slice = rows) -> Any:
-            return x[rows] if isinstance(x, Tensor) and x.ndim else x
-
-        part = _block(Problem(*map(cut, problem)), cut(w_guidance), needed)
-        for into, values in zip(whole, part, strict=True):
-            if isinstance(into, Tensor) and isinstance(values, Tensor) and into is not problem.beta:
-                into[rows] = values
-    return whole
-
-
-def _block(problem: Problem, w_guidance: Tensor | None, needed: tuple[bool, ...]) -> _Rows:
-    few = problem.adv.numel() <= FEW_CALLS_UP_TO_ELEMENTS
-    found = (_all_at_once if few else _one_by_one)(*problem[:4])
-    beta = problem.beta if problem.y is None else _plain.label_weights(found.p_adv, problem.y, problem.beta)
-    return _Rows(found.guidance, found.consistency, beta, *_gradients_(found, w_guidance, beta, needed))
-
-
-def _weighted_(d: Tensor | None, weight: Tensor | None) -> None:
-    if d is not None and weight is not None:
-        d.mul_(weight.unsqueeze(1) if weight.ndim else weight)
-
-
-def _gradients_(
-    found: _Divergences, w_guidance: Tensor | None, w_consistency: float | Tensor, needed: tuple[bool, ...]
+def loss_backward(
+    problem: Problem, weighting: Weighting, grad_output: Tensor, precomputed: Gradients | None, needs: Needs
 ) -> Gradients:
-    p_c, p_a, p_t, d, mean_d, _, _ = found
-    d_clean = d_adv = None
-    w_c = w_consistency.unsqueeze(1) if isinstance(w_consistency, Tensor) and w_consistency.ndim else w_consistency
-    if needed[0]:
-        d_clean = d.sub_(mean_d.unsqueeze(1)).mul_(p_c).mul_(w_c)
-    if needed[1]:
-        p_c -= p_a
-        p_a -= p_t
-        _weighted_(p_a, w_guidance)
-        d_adv = p_a.addcmul_(p_c, w_c, value=-1) if isinstance(w_c, Tensor) else p_a.sub_(p_c, alpha=w_c)
+    """Scale the precomputed gradients, then cast them."""
+    if precomputed is None:
+        rows = _all_rows(problem, weighting.beta, weighting.y, None, needs)
+        precomputed = (rows.d_clean, rows.d_adv)
+    weight = _plain.row_gradient(grad_output, weighting.reduction, problem.adv.shape[0])
+    d_clean, d_adv = precomputed
+    if d_clean is not None:
+        d_clean = _scale_rows_(d_clean, weight).to(problem.clean.dtype)
+    if d_adv is not None:
+        d_adv = _scale_rows_(d_adv, weight).to(problem.adv.dtype)
     return d_clean, d_adv
 
 
-def _all_at_once(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> _Divergences:
-    """All summands termwise, for small blocks: everything to all three at once, in the fewest calls.
+def terms_forward(problem: Problem) -> CKTATTerms:
+    rows = _all_rows(problem, 1.0, None, None, Needs(clean=False, adv=False))
+    return CKTATTerms(rows.guidance, rows.consistency)
 
-    Where expm1 overflows, or meets inf - inf, the sum tells, and the other way finds out.
+
+def terms_backward(problem: Problem, grad_guidance: Tensor, grad_consistency: Tensor, needs: Needs) -> Gradients:
+    rows = _all_rows(problem, grad_consistency, None, grad_guidance, needs)
+    return (
+        None if rows.d_clean is None else rows.d_clean.to(problem.clean.dtype),
+        None if rows.d_adv is None else rows.d_adv.to(problem.adv.dtype),
+    )
+
+
+def _all_rows(
+    problem: Problem, beta: float | Tensor, y: Tensor | None, w_guidance: Tensor | None, needs: Needs
+) -> _Block:
+    """Compute all rows, block by block.
+
+    Args:
+        problem: the logits, (N, C), and the temperature.
+        beta: weight of the consistency, a number, () or (N,).
+        y: labels, (N,), or None.
+        w_guidance: weight of the guidance in the gradients, () or (N,). None means 1.
+        needs: the gradients to compute.
     """
-    x = torch.stack((teacher, clean, adv)).float()
-    x -= x.amax(2, keepdim=True)
-    x[0].div_(tau)
-    p = x.exp()  # by hand: torch's softmax takes ten times as long for rows shorter than a vector register
-    sums = p.sum(2, keepdim=True)
-    p /= sums
-    log_p = x.sub_(sums.log_())
-    targets, d = p[:2], log_p[:2].sub_(log_p[2])
-    kl = d.neg().expm1_().add_(d).mul_(targets).sum(2)  # p (d + expm1(-d))
-    if not math.isfinite(kl.sum().item()):
-        return _one_by_one(clean, adv, teacher, tau)
-    guidance, consistency = kl.clamp_(min=0).unbind()
-    return _Divergences(p[1], p[2], p[0], d[1], consistency, guidance, consistency)
+    clean, adv, teacher, tau = problem
+    n, classes = adv.shape
+    # One share per thread, capped at a fifth of the input, so that a large input is split into at least five blocks.
+    elements = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
+    step = max(1, max(elements, BLOCK_ELEMENTS_PER_THREAD) // classes)
+    if n <= step:
+        return _block(problem, beta, y, w_guidance, needs)
+
+    guidance, consistency = _empty(adv, n), _empty(adv, n)
+    weights = beta if y is None else _empty(adv, n)
+    d_clean = _empty(adv, n, classes) if needs.clean else None
+    d_adv = _empty(adv, n, classes) if needs.adv else None
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        block = _block(
+            Problem(clean[rows], adv[rows], teacher[rows], tau),
+            _rows_of(beta, rows),
+            None if y is None else y[rows],
+            None if w_guidance is None else _rows_of(w_guidance, rows),
+            needs,
+        )
+        guidance[rows], consistency[rows] = block.guidance, block.consistency
+        if y is not None:
+            weights[rows] = block.weights  # type: ignore[index]
+        if d_clean is not None and block.d_clean is not None:
+            d_clean[rows] = block.d_clean
+        if d_adv is not None and block.d_adv is not None:
+            d_adv[rows] = block.d_adv
+    return _Block(guidance, consistency, weights, d_clean, d_adv)
 
 
-def _one_by_one(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float) -> _Divergences:
-    """One after the other, since three at once would not stay in cache."""
-    x_a, p_a, sum_a = _softmax(adv)
-    x, p_t, sums = _softmax(teacher, tau)
-    _, guidance = _divergence_(x, p_t, sums, x_a, p_a, sum_a)
-    d, p_c, sums = _softmax(clean)
-    mean_d, consistency = _divergence_(d, p_c, sums, x_a, p_a, sum_a)
-    return _Divergences(p_c, p_a, p_t, d, mean_d, guidance, consistency)
+def _block(problem: Problem, beta: float | Tensor, y: Tensor | None, w_guidance: Tensor | None, needs: Needs) -> _Block:
+    """Compute a block of rows. Arguments are those of ``_all_rows``."""
+    x_a, p_a, sum_a = _softmax(problem.adv)
+    x_t, p_t, sum_t = _softmax(problem.teacher, problem.tau)
+    _, guidance = _divergence_(x_t, p_t, sum_t, x_a, p_a, sum_a)
+    x_c, p_c, sum_c = _softmax(problem.clean)
+    mean_d, consistency = _divergence_(x_c, p_c, sum_c, x_a, p_a, sum_a)
+    d = x_c  # log p_c - log p_a up to a constant per row
+    weights = beta if y is None else _plain.label_weights(p_a, y, beta)
+    w_c = _as_column(weights)
+    d_clean = d_adv = None
+    if needs.clean:
+        d_clean = d.sub_(mean_d.unsqueeze(1)).mul_(p_c).mul_(w_c)
+    if needs.adv:
+        p_c -= p_a
+        p_a -= p_t
+        if w_guidance is not None:
+            _scale_rows_(p_a, w_guidance)
+        d_adv = p_a.addcmul_(p_c, w_c, value=-1) if isinstance(w_c, Tensor) else p_a.sub_(p_c, alpha=w_c)
+    return _Block(guidance, consistency, weights, d_clean, d_adv)
 
 
 def _softmax(logits: Tensor, tau: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits less their maximum, over tau; the softmax; and the sum that it was divided by.
+    """Return (logits - maximum) / tau, (N, C), its softmax, (N, C), and the softmax's divisor, (N, 1).
 
-    By hand, since torch's is slow for short rows and adds up long ones in one go, off by up to 1e-5. By ``exp2``, since
-    ``exp`` is left to a library that is slow on some makers' processors.
+    Written out because torch.softmax is slow for short rows and sums long rows in one go, with errors up to 1e-5. Uses
+    ``exp2`` because ``exp`` calls a library that is slow on the processors of some makers.
     """
     x = logits.float()
     x = x - x.amax(1, keepdim=True)
@@ -183,30 +158,37 @@ def _softmax(logits: Tensor, tau: float | None = None) -> tuple[Tensor, Tensor, 
 
 
 def _divergence_(x: Tensor, p: Tensor, sums: Tensor, x_a: Tensor, p_a: Tensor, sum_a: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes of x, the shifted logits of p, d up to a constant. Returns its mean under p, and KL(p || p_a)."""
+    """Overwrite x with d = log p - log p_a up to a constant per row. Return the mean of d under p, and KL(p || p_a).
+
+    ``x``, ``p`` and ``sums`` are what ``_softmax`` returned for the target, ``x_a``, ``p_a`` and ``sum_a`` for the
+    adversarial logits.
+    """
     d = x.sub_(x_a)
     mean_d = (p * d).sum(1)
-    shift = (sum_a / sums).log_().squeeze(1)  # of the ratio, since two logarithms round more than their difference
+    shift = (sum_a / sums).log_().squeeze(1)  # one logarithm of the ratio rounds less than the difference of two
     kl = mean_d + shift
-    lowest = kl.amin().item() if kl.numel() else math.inf  # NaN if any is
+    lowest = kl.amin().item() if kl.numel() else math.inf  # NaN if any row's KL is
     if math.isnan(lowest):
-        d.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, where d may be inf - inf
+        d.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, but d may be inf - inf
         mean_d = (p * d).sum(1)
         kl = mean_d + shift
-    if not lowest > PLAIN_SUM_DOWN_TO:
-        rows = (kl <= PLAIN_SUM_DOWN_TO).nonzero().squeeze(1)
+    if not lowest > DIRECT_SUM_DOWN_TO:
+        rows = (kl <= DIRECT_SUM_DOWN_TO).nonzero().squeeze(1)
         if rows.numel():
-            some_d = d.index_select(0, rows).add_(shift[rows].unsqueeze(1))
-            kl[rows] = _termwise_(some_d, p.index_select(0, rows), p_a, rows)
+            row_d = d.index_select(0, rows).add_(shift[rows].unsqueeze(1))
+            kl[rows] = _small_kl_(row_d, p.index_select(0, rows), p_a, rows)
     return mean_d, kl
 
 
-def _termwise_(d: Tensor, p: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
-    """KL of each row without cancellation, with no select over the elements where none is needed. Overwrites d."""
+def _small_kl_(d: Tensor, p: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
+    """Return the KL of the given rows without cancellation, as ``_plain.kl_elements`` does. Overwrites d.
+
+    ``d`` and ``p`` are those rows, (R, C). ``p_a`` has all rows, (N, C). The common case needs no select per element.
+    """
     if p.amin().item() == 0:
         d.masked_fill_(p == 0, 1.0)
     if d.abs().amax().item() < _plain.SERIES_BELOW:
-        *lower, highest = _plain.SERIES  # as in _plain.kl_elements, in place
+        *lower, highest = _plain.SERIES
         elements = d * highest
         for coefficient in reversed(lower):
             elements.add_(coefficient).mul_(d)
@@ -214,3 +196,21 @@ def _termwise_(d: Tensor, p: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
     else:
         elements = _plain.kl_elements(p, d, p_a.index_select(0, rows))
     return elements.sum(1).clamp_(min=0)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _rows_of(value: Any, rows: slice) -> Any:
+    """Return the rows of an (N,) tensor. A number or a 0-d tensor is the same for all rows."""
+    return value[rows] if isinstance(value, Tensor) and value.ndim else value
+
+
+def _as_column(weight: float | Tensor) -> float | Tensor:
+    """Return an (N,) tensor as (N, 1). A number or a 0-d tensor stays as it is."""
+    return weight.unsqueeze(1) if isinstance(weight, Tensor) and weight.ndim else weight
+
+
+def _scale_rows_(gradient: Tensor, weight: Tensor) -> Tensor:
+    return gradient.mul_(_as_column(weight))

@@ -1,4 +1,4 @@
-"""Warm start: a clean teacher's weights copied into a student in place, all of them or none."""
+"""Copy a clean teacher's weights into a student in place, all of them or none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from cktat_loss._state_dicts import find_weights, pair
 
 @dataclass(frozen=True)
 class WarmStartReport:
-    """What ``warm_start`` did, in names of parameters and buffers without wrappers."""
+    """The result of ``warm_start``: names of parameters and buffers, without the prefixes of wrappers.
+
+    Attributes:
+        copied: the names in the student that now have the teacher's values.
+        missing: the names in the student that the teacher doesn't have.
+        unexpected: the names in the teacher that the student doesn't have.
+        mismatched: the names in both that weren't copied, because the shapes differ or a cast would lose the meaning.
+    """
 
     copied: tuple[str, ...]
     missing: tuple[str, ...]
@@ -25,7 +32,9 @@ class WarmStartReport:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{group} {len(names)}" for group, names in vars(self).items())
-        return counts + _listed(missing=self.missing, unexpected=self.unexpected, mismatched=self.mismatched)
+        return f"{counts} (non-persistent buffers are never copied)" + _list(
+            missing=self.missing, unexpected=self.unexpected, mismatched=self.mismatched
+        )
 
 
 def warm_start(
@@ -36,38 +45,49 @@ def warm_start(
 ) -> WarmStartReport:
     """Copy the teacher's parameters and buffers into the student in place, all of them or none.
 
-    An optimizer made before stays valid: values are cast to the student's dtype and device and written into its own
-    tensors; train/eval modes and ``requires_grad`` stay as they are. DataParallel, DistributedDataParallel,
-    torch.compile and AveragedModel are seen through on both sides, nested in any order. Weights tied in the student
-    stay tied, and one of their names in the teacher is enough. ``n_averaged`` and ``_extra_state`` aren't weights and
-    are left out. Load hooks don't run.
+    The values are cast to the student's dtype and device, and written into its own tensors. So an optimizer that was
+    made before stays valid. Train/eval modes and ``requires_grad`` stay as they are. Load hooks don't run.
 
-    Under DistributedDataParallel every rank calls it. A model to be sharded is warm-started before wrapping.
+    DataParallel, DistributedDataParallel, torch.compile and AveragedModel may be around either model, nested in any
+    order. Weights that are tied in the student stay tied, and the teacher needs only one of their names. Under
+    DistributedDataParallel call it on every rank. Call it before a model is sharded.
+
+    Only what is in a state_dict is copied:
+
+    - Buffers that are not persistent are in no state_dict. The student keeps its own, and the report doesn't list them.
+    - ``n_averaged`` and ``_extra_state`` are no weights and are left out.
+    - A BatchNorm's ``num_batches_tracked`` may be absent from the teacher, as in files made before PyTorch 0.4.1. The
+      student keeps its own, and the report doesn't list it.
+    - ``weight_g`` and ``weight_v`` of the old ``weight_norm`` are copied into a student that uses
+      ``torch.nn.utils.parametrizations.weight_norm``.
 
     Args:
         student: the model to write into.
-        teacher: the model to read from; or its state_dict; or a checkpoint with either under exactly one of
-            ``state_dict``, ``model_state_dict``, ``model_state``, ``model``, ``net``, ``network``, ``weights``,
-            ``teacher``, ``ema``, ``model_ema``, ``ema_state_dict``, ``state_dict_ema``; or the path of one of these in
-            a ``.pt`` or ``.pth`` (read with ``weights_only=True``) or ``.safetensors`` file.
-        strict: raise unless names, shapes and kinds of dtype all agree; False copies what matches.
+        teacher: the model to read from, its state_dict, a checkpoint, or the path of a file with a state_dict or
+            checkpoint. A checkpoint is a dict that has a model or state_dict under exactly one of ``state_dict``,
+            ``model_state_dict``, ``model_state``, ``model``, ``net``, ``network``, ``weights``, ``teacher``, ``ema``,
+            ``model_ema``, ``ema_state_dict``, ``state_dict_ema``. A file is a ``.pt`` or ``.pth``, which is read with
+            ``weights_only=True``, or a ``.safetensors``.
+        strict: raise if anything is missing, unexpected or mismatched. False copies what fits.
 
     Returns:
-        The names copied, missing from the teacher, unexpected in it, and mismatched in shape or kind of dtype.
+        The names that were copied, and those that were missing, unexpected or mismatched. A name is mismatched if the
+        shapes differ, or if one tensor is complex, floating, quantised or sparse and the other is not.
 
     Raises:
-        TypeError: an argument of the wrong type, a sharded model, an entry that isn't a tensor.
-        ValueError: weights that don't agree (strict) or of which none does; memory that both share; lazy, meta or
-            unwritable tensors; a file or checkpoint without weights, or with several sets of them.
-        FileNotFoundError: no file at that path.
-        ImportError: a ``.safetensors`` file, but no safetensors package.
+        TypeError: an argument has the wrong type, a model is sharded, or an entry of a state_dict is no tensor.
+        ValueError: the weights don't fit (with ``strict``), or none of them does. Student and teacher share memory. A
+            tensor is lazy, on the meta device or can't be written. A file is damaged or of another kind. A checkpoint
+            has no weights, or several sets of them.
+        FileNotFoundError: there is no file at that path.
+        ImportError: the file is a ``.safetensors``, and the safetensors package is not installed.
 
     Examples:
         >>> import torch
         >>> from cktat_loss import warm_start
         >>> teacher, student = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
         >>> print(warm_start(student, torch.nn.DataParallel(teacher)))
-        copied 2, missing 0, unexpected 0, mismatched 0
+        copied 2, missing 0, unexpected 0, mismatched 0 (non-persistent buffers are never copied)
         >>> torch.equal(student.weight, teacher.weight)
         True
 
@@ -83,67 +103,99 @@ def warm_start(
         raise ValueError(f"teacher must share no memory with student, but shares {', '.join(shared) or 'all'}")
 
     pairs, unexpected = pair(targets, sources)
-    values: dict[Hashable, tuple[str, Tensor]] = {}  # by place, since tied weights have one
+    # The first name of each region, with the value to write there. Tied weights are one region.
+    values: dict[Hashable, tuple[str, Tensor]] = {}
     mismatched: dict[str, str] = {}
     for name, source in pairs.items():
         target = targets[name]
         if _form(target) != _form(source):
-            mismatched[name] = f"{name} (teacher {_described(source)}, student {_described(target)})"
+            mismatched[name] = f"{name} (teacher {_describe(source)}, student {_describe(target)})"
             continue
-        value = source.detach().to(target.device, target.dtype)  # here, since it can fail, and a write must not
-        first, other = values.setdefault(_place(target), (name, value))
+        # Cast everything before the first write: a cast can fail, and a failure must leave the student unchanged.
+        value = source.detach().to(target.device, target.dtype)
+        first, other = values.setdefault(_region(target), (name, value))
         if other is not value and not torch.allclose(other, value, rtol=0, atol=0, equal_nan=True):
             mismatched[name] = f"{name} (tied to {first} in the student, different in the teacher)"
 
-    fed = {name for name, target in targets.items() if _place(target) in values}
-    missing = tuple(name for name in targets if name not in pairs and name not in fed)
-    copied = tuple(name for name in targets if name in fed and name not in mismatched)
+    filled = {name for name, target in targets.items() if _region(target) in values}
+    missing = tuple(name for name in targets if name not in pairs and name not in filled and not _spare(name, pairs))
+    copied = tuple(name for name in targets if name in filled and name not in mismatched)
     if (strict or not copied) and (missing or unexpected or mismatched):
-        misfits = _listed(missing=missing, unexpected=unexpected, mismatched=mismatched.values())
+        misfits = _list(missing=missing, unexpected=unexpected, mismatched=mismatched.values())
         raise ValueError(f"teacher doesn't fit student, nothing was copied:{misfits}")
-    _check_writable(student, targets)
+    _check_writable(student, {first: (targets[first], value) for first, value in values.values()})
     with torch.no_grad():
         for first, value in values.values():
             targets[first].copy_(value)
     return WarmStartReport(copied, missing, unexpected, tuple(mismatched))
 
 
-def _check_writable(student: nn.Module, targets: Mapping[str, Tensor]) -> None:
-    """Refuse what would fail, or be lost, when half of the weights are written."""
-    own = {id(tensor) for tensor in chain(student.parameters(), student.buffers())}
-    for name, target in targets.items():
-        if id(target) not in own:
+def _check_writable(student: nn.Module, writes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Raise if a write would fail or be lost. Writes nothing into the student.
+
+    Args:
+        writes: each target with the value that it is to get, by name.
+    """
+    own = {_region(tensor) for tensor in chain(student.parameters(), student.buffers())}
+    for name, (target, value) in writes.items():
+        if _region(target) not in own and target.numel():
             raise TypeError(f"student: {name} in its state_dict must be one of its parameters or buffers")
-        try:
-            with torch.no_grad():
-                target.copy_(target.clone())  # changes nothing
-        except RuntimeError as error:  # expanded, or made in inference mode
-            raise ValueError(f"student: {name} must be writable: {error}") from error
+        why = ""
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            why = "it was made in inference mode"
+        elif target.layout is torch.strided and _overlaps(target):
+            why = "several of its elements share memory"
+        else:
+            try:
+                target.detach().clone().copy_(value)
+            except Exception as error:  # A tensor subclass may raise anything.
+                why = str(error)
+        if why:
+            raise ValueError(f"student: {name} must be writable: {why}")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """True if an expanded dimension makes elements share memory, which PyTorch refuses to write to."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _spare(name: str, pairs: Mapping[str, Tensor]) -> bool:
+    """True for the counter of a BatchNorm of which the teacher has the statistics."""
+    owner, dot, kind = name.rpartition(".")
+    return kind == "num_batches_tracked" and f"{owner}{dot}running_mean" in pairs
 
 
 def _form(tensor: Tensor) -> tuple[object, ...]:
-    """Shape, and what no cast may bridge: complex to real, float to integer, quantised to plain, sparse to dense."""
+    """Return what must be equal for a copy: the shape, the layout, and the dtype as far as a cast may not change it.
+
+    A cast from complex to real, from floating to integer or from quantised to plain would lose the meaning.
+    """
     return tensor.shape, tensor.layout, tensor.is_quantized, tensor.is_complex(), tensor.is_floating_point()
 
 
-def _described(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
+    """Describe shape, dtype and layout for an error message."""
     layout = "" if tensor.layout is torch.strided else f" {tensor.layout}"
     return f"{tuple(tensor.shape)} {tensor.dtype}{layout}".replace("torch.", "")
 
 
 def _memory(tensor: Tensor) -> int:
-    """Equal for tensors that share a storage."""
+    """Return a number that is equal for tensors of one storage."""
     pointer = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
     return pointer or id(tensor)
 
 
-def _place(tensor: Tensor) -> Hashable:
-    """Equal for tied tensors; different for the views of one storage that an LSTM's weights are on a GPU."""
+def _region(tensor: Tensor) -> Hashable:
+    """Return a key that is equal for tied tensors.
+
+    Tensors of one storage are not always tied: on a GPU the weights of an LSTM are different views of one storage.
+    """
     if tensor.layout is not torch.strided:
         return id(tensor)
-    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _listed(**groups: Iterable[str]) -> str:
+def _list(**groups: Iterable[str]) -> str:
+    """List the names of each group that isn't empty, one group per line."""
     lists = {group: ", ".join(names) for group, names in groups.items()}
     return "".join(f"\n  {group}: {names}" for group, names in lists.items() if names)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 from torch import Tensor
 
 from cktat_loss import _autograd, _checks, _plain
-from cktat_loss._plain import Problem
+from cktat_loss._backends import CKTATTerms, Problem, Weighting
 
 __all__ = ["CKTATTerms", "adaptive_beta", "cktat_loss", "cktat_terms"]
 
 Reduction = Literal["mean", "sum", "none"]
-Backend = Literal["auto", "triton", "torch"]
-
-
-class CKTATTerms(NamedTuple):
-    """The two KL terms of Eq. 17, each (N,): ``guidance + beta * consistency`` is the loss of each sample."""
-
-    guidance: Tensor
-    consistency: Tensor
+BackendName = Literal["auto", "triton", "torch"]
 
 
 @overload
@@ -34,7 +27,7 @@ def cktat_loss(
     reduction: Reduction = ...,
     detach_clean: bool = ...,
     return_terms: Literal[False] = ...,
-    backend: Backend = ...,
+    backend: BackendName = ...,
 ) -> Tensor: ...
 @overload
 def cktat_loss(
@@ -48,7 +41,7 @@ def cktat_loss(
     reduction: Reduction = ...,
     detach_clean: bool = ...,
     return_terms: Literal[True],
-    backend: Backend = ...,
+    backend: BackendName = ...,
 ) -> tuple[Tensor, CKTATTerms]: ...
 def cktat_loss(
     clean_logits: Tensor,
@@ -61,7 +54,7 @@ def cktat_loss(
     reduction: Reduction = "mean",
     detach_clean: bool = False,
     return_terms: bool = False,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, CKTATTerms]:
     r"""The CKTAT loss, Eq. 17 of arXiv 2504.00038, from logits.
 
@@ -115,7 +108,7 @@ def cktat_loss(
         (2.0778, [-2.5158, 2.5158])
     """
     _checks.logits(clean_logits, adv_logits, teacher_logits)
-    tau, beta = _checks.tau(tau), _checks.sample_weights(beta, adv_logits, y)
+    tau, beta = _checks.tau(tau), _checks.sample_beta(beta, adv_logits, y)
     if y is not None:
         _checks.labels(y, adv_logits)
     _checks.reduction(reduction)
@@ -123,14 +116,9 @@ def cktat_loss(
     _checks.flag("detach_clean", detach_clean)
     _checks.flag("return_terms", return_terms)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    problem = Problem(clean, adv_logits, teacher_logits, tau, beta, y, reduction)
-    loss, guidance, consistency, _ = _autograd.compute(problem, return_terms, backend)
-    assert loss is not None
-    if not return_terms:
-        return loss
-    assert guidance is not None
-    assert consistency is not None
-    return loss, CKTATTerms(guidance, consistency)
+    problem = Problem(clean, adv_logits, teacher_logits.detach(), tau)
+    loss, terms = _autograd.loss(problem, Weighting(beta, y, reduction), return_terms, backend)
+    return loss if terms is None else (loss, terms)
 
 
 def cktat_terms(
@@ -140,7 +128,7 @@ def cktat_terms(
     tau: float = 5.0,
     *,
     detach_clean: bool = False,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> CKTATTerms:
     """The two terms of ``cktat_loss``, a value for each sample, before beta and the reduction.
 
@@ -161,11 +149,7 @@ def cktat_terms(
     _checks.backend(backend, clean_logits, adv_logits, teacher_logits)
     _checks.flag("detach_clean", detach_clean)
     clean = clean_logits.detach() if detach_clean else clean_logits
-    problem = Problem(clean, adv_logits, teacher_logits, tau, 1.0, None, "terms")
-    _, guidance, consistency, _ = _autograd.compute(problem, True, backend)
-    assert guidance is not None
-    assert consistency is not None
-    return CKTATTerms(guidance, consistency)
+    return _autograd.terms(Problem(clean, adv_logits, teacher_logits.detach(), tau), backend)
 
 
 def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:

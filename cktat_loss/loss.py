@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from cktat_loss import _checks, functional
-from cktat_loss._state_dicts import unwrap
-from cktat_loss.functional import Backend, CKTATTerms, Reduction
+from cktat_loss import _checks, _teacher, functional
+from cktat_loss.functional import BackendName, CKTATTerms, Reduction
 
 
 class CKTATLoss(nn.Module):
@@ -70,7 +67,7 @@ class CKTATLoss(nn.Module):
     adaptive: bool
     reduction: Reduction
     detach_clean: bool
-    backend: Backend
+    backend: BackendName
 
     def __init__(
         self,
@@ -82,15 +79,16 @@ class CKTATLoss(nn.Module):
         reduction: Reduction = "mean",
         detach_clean: bool = False,
         copy_teacher: bool = True,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__()
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher must be a torch.nn.Module or None, got {_checks.describe(teacher)}")
         self.tau, self.beta, self.adaptive = tau, beta, adaptive
         self.reduction, self.detach_clean, self.backend = reduction, detach_clean, backend
-        if _checks.flag("copy_teacher", copy_teacher) and teacher is not None:
-            teacher = _frozen_copy(teacher)
+        copied = _checks.flag("copy_teacher", copy_teacher)
+        if teacher is not None:
+            teacher = _teacher.freeze(teacher, copied=copied)
         # Past nn.Module's own bookkeeping: what it registers, it trains, saves and counts as parameters.
         self.__dict__["_teacher"] = teacher
 
@@ -175,49 +173,20 @@ class CKTATLoss(nn.Module):
             raise ValueError(f"exactly one of x and teacher_logits must be given, got {got}")
         if teacher_logits is not None:
             return teacher_logits
-        teacher = self.teacher
-        if teacher is None:
+        if self.teacher is None:
             raise ValueError("x was given, but the criterion has no teacher: pass teacher_logits, or make it with one")
-        training = [m for m in teacher.modules() if m.training]  # of a shared teacher; the copy is in eval mode
-        for module in training:
-            module.training = False
-        try:
-            with torch.no_grad():
-                logits = teacher(_cast_like(x, teacher))
-        finally:
-            for module in training:
-                module.training = True
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"teacher(x) must be a tensor of logits (N, C), got {_checks.describe(logits)}")
+        logits: Tensor = _teacher.run(self.teacher, x)
+        _checks.tensor("teacher(x)", logits)
         return logits
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CKTATLoss:
-        """What ``.to()``, ``.cuda()`` and ``.half()`` go through."""
+        """Move the criterion and its teacher: ``.to()``, ``.half()`` and ``.to_empty()`` all call this method."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.teacher is not None:
-            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse and self.teacher is not None:
+            _teacher.move(self.teacher, fn)
         return self
 
     def extra_repr(self) -> str:
         teacher = None if self.teacher is None else type(self.teacher).__name__
         shown = ("tau", "beta", "adaptive", "reduction", "detach_clean", "backend")
         return ", ".join([f"teacher={teacher}", *(f"{name}={getattr(self, name)!r}" for name in shown)])
-
-
-def _frozen_copy(teacher: nn.Module) -> nn.Module:
-    try:
-        teacher = copy.deepcopy(unwrap(teacher))
-    except Exception as error:
-        raise ValueError(
-            f"teacher ({type(teacher).__name__}) cannot be deep-copied: {error}. copy_teacher=False shares it instead"
-        ) from error
-    return teacher.eval().requires_grad_(False)
-
-
-def _cast_like(x: Any, module: nn.Module) -> Any:
-    """A floating ``x`` in the module's floating dtype; anything else as it is."""
-    if isinstance(x, Tensor) and x.is_floating_point():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                return x.to(tensor.dtype)
-    return x

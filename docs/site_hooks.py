@@ -1,9 +1,9 @@
-"""What this site needs beside MkDocs: pages from outside docs/, their links, and formulas without scripts.
+"""Hooks for MkDocs that add pages from outside docs/, rewrite their links, and draw formulas without scripts.
 
-The pages are written to be read in the repository. So the README links to ``docs/study.md``, and a page of docs/ to
-``../kernels``. Here each link is followed in the repository. To another page, or to a file that the site has, it
-becomes a link within the site. To source code, which the site has not, only its text stays. A link to nothing is left
-alone, for MkDocs to complain of.
+The pages are written to be read in the repository. The README links to ``docs/study.md``, and a page of docs/ links to
+``../kernels``. The hooks follow each link in the repository. A link to a page or file of the site becomes a link within
+the site. A link to source code, which the site does not have, is replaced by its text. A link to nothing stays, so that
+MkDocs reports it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# Pages that stand elsewhere in the repository, and what they are called in the site.
+# Pages outside docs/, and their names in the site.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -29,7 +29,7 @@ PAGES = {
     "benchmarks/README.md": "measuring.md",
     "examples/README.md": "examples.md",
 }
-# Files that pages link to or show, from outside docs/.
+# Files outside docs/ that pages link to or show.
 ASSETS = ("benchmarks/results/*.png", "benchmarks/results/*.md", "CITATION.cff")
 SHIM = "https://unpkg.com/iframe-worker/shim"
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -46,29 +46,30 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """The page with its links as the site needs them; code is left alone."""
-    parts = FENCED.split(markdown)  # text and code take turns
+    """Rewrite the links of a page, except in code blocks."""
+    parts = FENCED.split(markdown)  # Even parts are text, odd parts are code.
     parts[::2] = (LINK.sub(lambda link: _in_site(link, page.file, files), text) for text in parts[::2])
     return "".join(parts)
 
 
 def on_page_content(content: str, page: Page, config: Any, files: Files) -> str:
-    """The page with its formulas as MathML, which browsers draw by themselves."""
+    """Replace the formulas of a page by MathML, which browsers draw without a script."""
 
     def mathml(formula: re.Match[str]) -> str:
         display = "inline" if formula[1] == "span" else "block"
-        return str(convert(html.unescape(formula[2]), display=display))
+        drawn = str(convert(html.unescape(formula[2]), display=display))
+        return drawn if display == "inline" else f'<div class="formula">{drawn}</div>'
 
     return FORMULA.sub(mathml, content)
 
 
 def on_post_page(output: str, page: Page, config: Any) -> str:
-    """The page with the one script that the theme would fetch from elsewhere taken from docs/."""
+    """Load the script that the theme would fetch from another host from docs/."""
     return output.replace(SHIM, get_relative_url("iframe-worker.js", page.url))
 
 
 def on_post_template(output: str, template_name: str, config: Any) -> str:
-    return output.replace(SHIM, "/iframe-worker.js")  # of 404.html, which a server shows for any path
+    return output.replace(SHIM, "/iframe-worker.js")  # An absolute path, because a server shows 404.html for any path.
 
 
 def _in_site(link: re.Match[str], file: File, files: Files) -> str:

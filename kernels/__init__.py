@@ -1,6 +1,6 @@
-"""The Triton backend, imported as ``cktat_loss.kernels``: a ``forward`` and a ``backward`` as in ``_plain.py``.
+"""The Triton backend, imported as ``cktat_loss.kernels``. Its interface is ``cktat_loss._backends.Backend``.
 
-Triton is imported with the first launch, not with the package: it is slow to import, and not there on every machine.
+Triton is imported at the first launch, not with the package: it is slow to import and not installed on every machine.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .launch import backward, forward
+    from .launch import loss_backward, loss_forward, terms_backward, terms_forward
 
-__all__ = ["backward", "forward", "is_available", "supports"]
+__all__ = ["is_available", "loss_backward", "loss_forward", "supports", "terms_backward", "terms_forward"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-VOLTA = 7  # the compute capability of NVIDIA GPUs from which on Triton compiles for them
-PLAIN = (Tensor, torch.nn.Parameter)  # a subclass, such as DTensor, may hold its elements elsewhere
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# A subclass of Tensor, such as DTensor, may keep its elements elsewhere.
+SUPPORTED_TYPES = (Tensor, torch.nn.Parameter)
+# The first compute capability for which Triton compiles: Volta.
+MINIMUM_CAPABILITY = 7
 
 
-def _installed() -> bool:
+def _find_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except ImportError:  # from an import hook
+    except ImportError:  # raised by an import hook
         return False
 
 
-INSTALLED = _installed()
+INSTALLED = _find_triton()
 
 
 def __getattr__(name: str) -> Any:
@@ -43,25 +45,26 @@ def __getattr__(name: str) -> Any:
 
 
 def is_available() -> bool:
-    """Whether Triton is installed and has something to run on: a GPU, or its interpreter."""
+    """True if Triton is installed and can run: on a GPU, or in its interpreter."""
     return INSTALLED and (torch.cuda.is_available() or _interpreting())
 
 
 def supports(tensor: Tensor) -> bool:
-    """Whether this tensor may go to Triton: half or single precision, on a CUDA or ROCm GPU, with memory of its own.
+    """True if Triton can take this tensor: float16, bfloat16 or float32 on a CUDA or ROCm GPU.
 
-    CPU tensors only where Triton's interpreter runs the kernels. The one place that looks at the device.
+    CPU tensors are supported only in Triton's interpreter. No other function decides by the kind of device.
     """
-    answer = _supports.__wrapped__ if torch.compiler.is_compiling() else _supports  # Dynamo warns of a cache
+    answer = _supports.__wrapped__ if torch.compiler.is_compiling() else _supports  # Dynamo warns of lru_cache
     return answer(type(tensor), tensor.dtype, tensor.device)
 
 
 @functools.cache
 def _supports(kind: type, dtype: torch.dtype, device: torch.device) -> bool:
-    if not INSTALLED or dtype not in DTYPES or kind not in PLAIN:
+    if not INSTALLED or dtype not in SUPPORTED_DTYPES or kind not in SUPPORTED_TYPES:
         return False
-    if device.type == "cuda":  # ROCm's name too
-        return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= VOLTA
+    if device.type == "cuda":  # also the name of a ROCm device
+        is_rocm = torch.version.hip is not None
+        return is_rocm or torch.cuda.get_device_properties(device).major >= MINIMUM_CAPABILITY
     return device.type == "cpu" and _interpreting()
 
 
@@ -70,7 +73,7 @@ def _interpreting() -> bool:
 
 
 def _defined_to_interpret() -> bool:
-    """The variable counts when the kernels are defined, once in a process."""
+    """True if the variable was set when the kernels were defined. Triton reads it once per process."""
     from . import launch
 
     return launch.interprets()

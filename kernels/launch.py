@@ -1,8 +1,7 @@
-"""Which kernel, which tile, how many warps, for which shape; and the launches that _autograd.py asks for.
+"""Launches of the Triton kernels: which kernel, which tile, and plans that are made once and launched often.
 
-Logits are (N, C) in half or single precision, with any strides. Nothing here reads device data or allocates by it: no
-synchronisation, and every call can be captured in a CUDA graph. Nothing looks at the device either:
-``kernels.supports`` has.
+Logits are (N, C) in half or single precision, with any strides. No value is read from the device, so no call
+synchronises, and every call can be captured in a CUDA graph. ``kernels.supports`` has verified the device.
 """
 
 from __future__ import annotations
@@ -15,52 +14,57 @@ import torch
 import triton
 from torch import Tensor
 
-from cktat_loss._plain import Gradients, Pass, Problem, Upstream, upstream_weights
+from cktat_loss._backends import CKTATTerms, Forward, Gradients, Needs, Problem, Weighting
 
 from .rows import rows_kernel
 from .streaming import streaming_kernel
 
-# A thread holds about 6 live float32 a logit position (three logits, three exponentials). 16 positions take up to 132
-# registers, and streaming's single pass 165, so 12 warps on an SM or more; 32 take 248. 8 take 64, but then the
-# reductions' shuffles and barriers are a third of all instructions (sm_90, C = 1000: 100 a position in place of 81).
-# On AMD a warp has 64 lanes, hence half the positions a thread.
+# A logit position is one row and column of the three logits. A thread keeps about 6 float32 per position alive (three
+# logits, three exponentials). With 16 positions the rows kernel uses up to 132 registers and the streaming kernel up to
+# 165, so that 12 warps or more fit on an SM. 32 positions use 248 registers. 8 positions use 64, but then shuffles and
+# barriers of the reductions are a third of all instructions (sm_90, C = 1000: 100 per position instead of 81). On AMD a
+# warp has 64 lanes, so that each thread has half the positions.
 POSITIONS_PER_THREAD = 16
-# A row of 8192 would be one CTA with all registers of an SM: nothing to hide its loads behind. Up to here two CTAs
-# fit, and the single pass takes 5 element moves where streaming takes 8.
+# The rows kernel holds a whole row in registers. A row of 8,192 would be one CTA with all registers of an SM, and
+# nothing would hide its loads. Two CTAs of 4,096 fit. Above the limit, streaming moves 8 elements instead of 5.
 ROWS_UP_TO = 4096
-# The same 16 positions a thread. A wider chunk wastes more of the last one: 12 % of 21,841 at 4096, 3 % here.
+# Columns per chunk of the streaming kernel: 16 positions per thread too. A wider chunk wastes more lanes in the last
+# chunk: 12 % of 21,841 with 4,096 columns, 3 % with 2,048.
 STREAMING_BLOCK = 2048
 STREAMING_WARPS = 4
-# From 3.3 on, a compiled kernel is launched with its constants behind the other arguments. On ROCm, Triton compiles by
-# the size of a tensor's memory too, which no plan knows of.
-COMPILED_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) and not torch.version.hip
+# From Triton 3.3 on, a compiled kernel can be launched directly, with its constants after the other arguments. On ROCm
+# Triton also specialises by the size of a tensor's memory, which is not part of a plan's key.
+DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) and not torch.version.hip
+# Since Triton 3.4. Older versions have no hooks unless somebody sets them.
+RUNTIME = getattr(getattr(triton, "knobs", None), "runtime", None)
+# No program has more rows than this, so that larger batches share a plan.
+MAX_ROWS_IN_KEY = 257
 
-FEW_ROWS = 257  # more than any program has
-
-Kind = tuple[int, torch.dtype] | None  # of an operand: a tensor's stride and dtype, or a number
+# The stride and dtype of a tensor argument, which Triton compiles for. None for a number or a missing argument.
+Layout = tuple[int, torch.dtype] | None
 
 
 class Tile(NamedTuple):
-    """G strips of W columns for each of M rows."""
+    """The shape of a program's tile: for each of ``rows`` rows, ``strips`` strips of ``width`` columns."""
 
-    G: int
-    M: int
-    W: int
+    strips: int
+    rows: int
+    width: int
     warps: int
 
 
 def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
-    """The rows kernel's tile: about 16 positions a thread, as few threads on a row as that takes.
+    """Return the tile of the rows kernel: about 16 positions per thread, with as few threads per row as that takes.
 
-    A warp's load should still cover whole 32-byte sectors, hence W of an eighth of the row at least, and 4. All of a
-    small batch goes to one program, so that there is nothing left to sum up.
+    A warp's load should still cover whole sectors of 32 bytes, so the width is at least 4 and an eighth of the row. A
+    small batch is one program, so that there are no partial sums to add up.
     """
     columns = 1 << (classes - 1).bit_length()
-    vector = min(16 // itemsize, classes & -classes)  # what a thread loads at once
-    threads = max(1, columns // POSITIONS_PER_THREAD)  # on a row
-    if threads > 32:
-        return Tile(1, 1, columns, min(16, threads // 32))
-    width = min(max(threads * vector, columns // 8, 4), 32 * vector, columns)
+    vector = min(16 // itemsize, classes & -classes)  # elements per load of a thread
+    threads_per_row = max(1, columns // POSITIONS_PER_THREAD)
+    if threads_per_row > 32:
+        return Tile(1, 1, columns, min(16, threads_per_row // 32))
+    width = min(max(threads_per_row * vector, columns // 8, 4), 32 * vector, columns)
     lanes = min(32, max(1, width // vector))
     warps = 8 if 4 < n * lanes / 32 <= 8 else 4
     return Tile(columns // width, 32 * warps // lanes, width, warps)
@@ -68,107 +72,158 @@ def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
 
 @dataclass(eq=False)
 class Plan:
-    """A kernel and its constants for one kind of call, and what Triton has compiled of it."""
+    """A kernel with its constants, for all calls that Triton would compile alike."""
 
     kernel: Any
-    rows: int  # of a program
-    constants: dict[str, Any]
+    rows: int  # rows per program
+    constants: dict[str, Any]  # in the order of the kernel's signature: a direct launch passes them by position
     options: dict[str, Any]
-    compiled: Any = None
+    compiled: Any = None  # what Triton compiled, after the first aligned launch
 
-    def launch(self, programs: int, aligned: bool, *args: Any) -> None:
-        """Past Triton's own launcher once there is a compiled kernel: it finds out again what it needs at every call.
+    def launch(self, programs: int, aligned: bool, device: int, *args: Any) -> None:
+        """Launch the kernel, bypassing Triton's launcher once it is compiled.
 
-        That takes half of the host's time. It is what a plan stands for already, but for the pointers' alignment.
+        The launcher redoes its specialisation at every call, which takes half of the launch's time on the host. A Plan
+        already fixes everything that the launcher looks at, except pointer alignment.
         """
-        if self.compiled is not None and aligned:
-            self.compiled[programs, 1, 1](*args, *self.constants.values())
-            return
-        compiled = self.kernel[programs,](*args, **self.constants, **self.options)
-        if aligned and COMPILED_TAKES_CONSTANTS:
-            self.compiled = compiled
+        compiled = self.compiled
+        if compiled is None or not aligned:
+            compiled = self.kernel[programs,](*args, **self.constants, **self.options)
+            if aligned and DIRECT_LAUNCH:
+                self.compiled = compiled
+        elif _has_launch_hooks():
+            compiled[programs, 1, 1](*args, *self.constants.values())
+        else:  # calling two empty chains of hooks would take 6 us
+            stream = triton.runtime.driver.active.get_current_stream(max(device, 0))
+            hooks = (None, None, None)  # the launch's metadata, and the hooks on entry and exit
+            kernel = (compiled.function, compiled.packed_metadata)
+            compiled.run(programs, 1, 1, stream, *kernel, *hooks, *args, *self.constants.values())
 
 
-@functools.lru_cache(maxsize=4096)
-def plan(
+def _has_launch_hooks() -> bool:
+    """True if a profiler listens to launches, or if this version of Triton does not say."""
+    if RUNTIME is None:
+        return True
+    enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@functools.lru_cache(maxsize=1000)
+def find_plan(
     device: int,
     n: int,
     classes: int,
     dtypes: tuple[torch.dtype, ...],
     strides: tuple[int, ...],
-    operands: tuple[Kind, ...],
+    layouts: tuple[Layout, ...],
     reduction: str,
     outputs: tuple[bool, ...],
-    done_at_one: bool,
+    precomputed: bool,
 ) -> Plan:
-    """One for each kind of call: all that Triton would compile another kernel for. ``n`` counts where it is small."""
-    beta, _, w_guidance, w_consistency = operands
+    """Return the plan of a call. The arguments are its key: all that Triton would compile another kernel for.
+
+    Args:
+        device: the device's index.
+        n: the number of rows, up to ``MAX_ROWS_IN_KEY``.
+        classes: the number of columns.
+        dtypes: those of the clean, adversarial and teacher logits.
+        strides: their row strides.
+        layouts: those of beta, y and the weights of guidance and consistency in the gradients.
+        reduction: "mean", "sum" or "none".
+        outputs: True for each kind of output that the call stores.
+        precomputed: True if the kernel returns at once for a grad_output of one.
+    """
+    beta, _, w_guidance, w_consistency = layouts
     constants = {
         "C": classes,
-        # Constants, since the compiler takes a run-time stride for a multiple of 16 or for nothing, and 1000 is none.
+        # Strides are constexprs: all that Triton knows of a run-time stride is whether 16 divides it, and 1000 would
+        # lose its wide loads.
         "CLEAN_STRIDE": strides[0],
         "ADV_STRIDE": strides[1],
         "TEACHER_STRIDE": strides[2],
-        "BETA_STRIDE": beta and beta[0],
-        "GUIDANCE_STRIDE": w_guidance and w_guidance[0],
-        "CONSISTENCY_STRIDE": w_consistency and w_consistency[0],
+        "BETA_STRIDE": _stride(beta),
+        "GUIDANCE_STRIDE": _stride(w_guidance),
+        "CONSISTENCY_STRIDE": _stride(w_consistency),
         "REDUCTION": reduction,
-        "DONE_AT_ONE": done_at_one,
+        "PRECOMPUTED": precomputed,
     }
     options = {"enable_fp_fusion": False}
     if classes <= ROWS_UP_TO:
         tile = rows_tile(classes, min(dtype.itemsize for dtype in dtypes), n)
-        return Plan(
-            rows_kernel,
-            tile.M,
-            {**constants, "G": tile.G, "M": tile.M, "W": tile.W},
-            {**options, "num_warps": tile.warps},
-        )
+        constants |= {"STRIPS": tile.strips, "ROWS": tile.rows, "WIDTH": tile.width}
+        return Plan(rows_kernel, tile.rows, constants, {**options, "num_warps": tile.warps})
     chunks = -(-classes // STREAMING_BLOCK)
-    slots = 1 << (chunks + (classes % 8 != 0) - 1).bit_length()
-    tiling = {"BLOCK": STREAMING_BLOCK, "CHUNKS": chunks, "SLOTS": slots}
-    return Plan(streaming_kernel, 1, {**constants, **tiling}, {**options, "num_warps": STREAMING_WARPS})
+    has_edges = classes % 8 != 0  # see streaming.py
+    slots = 1 << (chunks + has_edges - 1).bit_length()
+    constants |= {"BLOCK": STREAMING_BLOCK, "CHUNKS": chunks, "SLOTS": slots}
+    return Plan(streaming_kernel, 1, constants, {**options, "num_warps": STREAMING_WARPS})
 
 
-class Inputs:
-    """A problem as the kernels take it, and its kind."""
+class Arguments:
+    """The input arguments of one launch, in the order of the kernels' signatures, and their part of a plan's key."""
 
-    def __init__(self, problem: Problem) -> None:
-        clean, adv, teacher, tau, beta, y, _ = problem
-        n, classes = clean.shape
-        clean, adv, teacher = readable(clean), readable(adv), readable(teacher)
-        beta, beta_kind, pointers = operand(beta)
-        y_kind = None
-        if y is not None:
-            y, y_kind, pointer = operand(y.contiguous())
-            pointers |= pointer
-        self.n, self.args = n, (clean, adv, teacher, n, tau, beta, y)
+    def __init__(
+        self,
+        problem: Problem,
+        weighting: Weighting,
+        w_guidance: float | Tensor = 1.0,
+        w_consistency: Tensor | None = None,
+    ) -> None:
+        n, classes = problem.clean.shape
+        clean, adv, teacher = _readable(problem.clean), _readable(problem.adv), _readable(problem.teacher)
+        y = weighting.y if weighting.y is None else weighting.y.contiguous()
+        beta, beta_layout, beta_address = _argument(weighting.beta)
+        y, y_layout, y_address = _argument(y)
+        w_guidance, guidance_layout, guidance_address = _argument(w_guidance)
+        w_consistency, consistency_layout, consistency_address = _argument(w_consistency)
+
+        self.n = n
+        self.device: int = clean.get_device()  # -1 on a CPU, in the interpreter
+        self.values = (clean, adv, teacher, n, problem.tau, beta, y, w_guidance, w_consistency)
+        # A single row is always contiguous, whatever its stride says.
         strides = (clean.stride(0), adv.stride(0), teacher.stride(0)) if n > 1 else (classes, classes, classes)
-        self.logits = (clean.get_device(), min(n, FEW_ROWS), classes, (clean.dtype, adv.dtype, teacher.dtype), strides)
-        self.operands = (beta_kind, y_kind)
-        self.pointers = pointers | clean.data_ptr() | adv.data_ptr() | teacher.data_ptr()
+        self.key = (
+            self.device,
+            min(n, MAX_ROWS_IN_KEY),
+            classes,
+            (clean.dtype, adv.dtype, teacher.dtype),
+            strides,
+            (beta_layout, y_layout, guidance_layout, consistency_layout),
+            weighting.reduction,
+        )
+        addresses = clean.data_ptr() | adv.data_ptr() | teacher.data_ptr() | beta_address | y_address
+        self.aligned = not (addresses | guidance_address | consistency_address) % 16 and n < 1 << 31
 
-    def launch(self, made: Plan, pointers: int, *others: Any) -> None:
-        """With the upstream weights, and the outputs to fill: loss, guidance, consistency, d_clean, d_adv."""
-        if programs := -(-self.n // made.rows):
-            aligned = not (self.pointers | pointers) % 16 and self.n < 1 << 31
-            device = self.logits[0]
-            if device < 0 or device == torch.cuda.current_device():
-                made.launch(programs, aligned, *self.args, *others)
-            else:
-                with torch.cuda.device(device):
-                    made.launch(programs, aligned, *self.args, *others)
+    def launch(
+        self,
+        plan: Plan,
+        loss: Tensor | None,
+        guidance: Tensor | None,
+        consistency: Tensor | None,
+        d_clean: Tensor | None,
+        d_adv: Tensor | None,
+    ) -> None:
+        """Launch the plan's kernel, which fills the outputs that are given. Outputs are contiguous."""
+        programs = -(-self.n // plan.rows)
+        if programs == 0:
+            return
+        outputs = (loss, guidance, consistency, d_clean, d_adv)
+        if self.device < 0 or self.device == torch.cuda.current_device():
+            plan.launch(programs, self.aligned, self.device, *self.values, *outputs)
+        else:
+            with torch.cuda.device(self.device):
+                plan.launch(programs, self.aligned, self.device, *self.values, *outputs)
 
 
-def readable(logits: Tensor) -> Tensor:
-    """With columns side by side, and not negative in name alone."""
+def _readable(logits: Tensor) -> Tensor:
+    """Return the logits with unit column stride and the negative bit resolved."""
     if logits.is_neg():
         logits = logits.resolve_neg()
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def operand(value: Any) -> tuple[Any, Kind, int]:
-    """A number or None as it is; a tensor, its stride and dtype, and where it lies."""
+def _argument(value: Any) -> tuple[Any, Layout, int]:
+    """Return a kernel argument, its layout and its address. A number or None is passed as it is, with address 0."""
     if not isinstance(value, Tensor):
         return value, None, 0
     if value.is_neg():
@@ -176,60 +231,95 @@ def operand(value: Any) -> tuple[Any, Kind, int]:
     return value, (value.stride(0) if value.ndim else 0, value.dtype), value.data_ptr()
 
 
-def gradients_like(clean: Tensor, adv: Tensor, needed: tuple[bool, ...]) -> Gradients:
-    return clean.new_empty(clean.shape) if needed[0] else None, adv.new_empty(adv.shape) if needed[1] else None
+def _stride(layout: Layout) -> int | None:
+    return None if layout is None else layout[0]
 
 
-def forward(problem: Problem, return_terms: bool, needed: tuple[bool, ...]) -> Pass:
-    """As ``_plain.forward``, with the gradients for an upstream gradient of one.
-
-    3 element moves a logit position and one for each gradient; with gradients of more than 4,096 classes 3 more. One
-    launch; where several programs share a mean or a sum, torch adds up what each of them has made of it.
-
-    Gradients are left to ``backward`` where the upstream gradient is never one: of float16, whose GradScaler's
-    they need to survive, and of "none" and "terms", where each sample has its own.
-    """
-    clean, adv, reduction = problem.clean, problem.adv, problem.reduction
-    n, is_reduced = clean.shape[0], reduction in ("mean", "sum")
-    inputs = Inputs(problem)
-    half = (needed[0] and clean.dtype == torch.float16) or (needed[1] and adv.dtype == torch.float16)
-    now = needed[:2] if is_reduced and not half else (False, False)
-    made = plan(*inputs.logits, (*inputs.operands, None, None), reduction, (return_terms, *now), False)
-    programs = -(-n // made.rows)
-    loss: Tensor | None = None
-    guidance: Tensor | None = None
-    consistency: Tensor | None = None
-    if return_terms:
-        guidance, consistency = clean.new_empty(n, dtype=torch.float32), clean.new_empty(n, dtype=torch.float32)
-    if reduction != "terms":
-        size = n if reduction == "none" else programs
-        loss = clean.new_empty(() if is_reduced and programs == 1 else size, dtype=torch.float32)
-    d_clean, d_adv = gradients_like(clean, adv, now)
-    inputs.launch(made, 0, 1.0, None, loss, guidance, consistency, d_clean, d_adv)
-    if loss is not None and is_reduced and programs != 1:
-        loss = loss.sum() if n or reduction == "sum" else loss.mean()  # of nothing: torch's own NaN
-    return Pass(loss, guidance, consistency, (d_clean, d_adv))
-
-
-def backward(problem: Problem, upstream: Upstream, held: Gradients | None, needed: tuple[bool, ...]) -> Gradients:
-    """As ``_plain.backward``. One launch.
-
-    It returns at once where the gradients held are right already, for an upstream gradient of one; else it computes
-    them anew, scaled before the cast, into the same memory.
-    """
-    both = upstream_weights(problem, upstream) if problem.reduction == "terms" else (*upstream, None)
-    (w_guidance, kind_g, pointer_g), (w_consistency, kind_c, pointer_c) = map(operand, both)
-    d_clean, d_adv = held or (None, None)
-    are_held = d_clean is not None or d_adv is not None
-    if not are_held:
-        d_clean, d_adv = gradients_like(problem.clean, problem.adv, needed)
-    inputs = Inputs(problem)
-    outputs = (d_clean is not None, d_adv is not None)
-    made = plan(*inputs.logits, (*inputs.operands, kind_g, kind_c), problem.reduction, outputs, are_held)
-    inputs.launch(made, pointer_g | pointer_c, w_guidance, w_consistency, None, None, None, d_clean, d_adv)
+def _empty_gradients(problem: Problem, needs: Needs) -> Gradients:
+    """Allocate the gradients that are needed: contiguous, each in its logits' dtype."""
+    clean, adv = problem.clean, problem.adv
+    d_clean = clean.new_empty(clean.shape) if needs.clean else None
+    d_adv = adv.new_empty(adv.shape) if needs.adv else None
     return d_clean, d_adv
 
 
+def loss_forward(problem: Problem, weighting: Weighting, needs: Needs, return_terms: bool) -> Forward:
+    """Compute the loss and, unless they have to wait, the gradients for a grad_output of one. One launch.
+
+    It reads 3 elements per logit position and writes one per gradient. Beyond ``ROWS_UP_TO`` classes the gradients take
+    a second reading. If several programs share a mean or a sum, torch adds up their partial sums.
+
+    Gradients wait for the backward pass if ``grad_output`` is never one: float16 gradients, which must be scaled by a
+    GradScaler before they are cast, and reduction "none", where each sample has its own.
+    """
+    clean, adv, reduction = problem.clean, problem.adv, weighting.reduction
+    n, is_reduced = clean.shape[0], reduction != "none"
+    has_float16 = (needs.clean and clean.dtype == torch.float16) or (needs.adv and adv.dtype == torch.float16)
+    if has_float16 or not is_reduced:
+        needs = Needs(clean=False, adv=False)
+    arguments = Arguments(problem, weighting)
+    plan = find_plan(*arguments.key, (True, return_terms, *needs), False)
+    programs = -(-n // plan.rows)
+
+    if reduction == "none":
+        loss = clean.new_empty(n, dtype=torch.float32)
+    elif programs == 1:
+        loss = clean.new_empty((), dtype=torch.float32)
+    else:
+        loss = clean.new_empty(programs, dtype=torch.float32)
+    guidance = clean.new_empty(n, dtype=torch.float32) if return_terms else None
+    consistency = clean.new_empty(n, dtype=torch.float32) if return_terms else None
+    d_clean, d_adv = _empty_gradients(problem, needs)
+    arguments.launch(plan, loss, guidance, consistency, d_clean, d_adv)
+
+    if is_reduced and programs != 1:
+        # The mean of an empty batch is torch's own NaN.
+        loss = loss.mean() if n == 0 and reduction == "mean" else loss.sum()
+    terms = None if guidance is None or consistency is None else CKTATTerms(guidance, consistency)
+    return Forward(loss, terms, (d_clean, d_adv))
+
+
+def loss_backward(
+    problem: Problem, weighting: Weighting, grad_output: Tensor, precomputed: Gradients | None, needs: Needs
+) -> Gradients:
+    """Return the gradients for ``grad_output``. One launch.
+
+    If the gradients are precomputed, the kernel reads ``grad_output`` on the device and returns at once if it is one.
+    Otherwise it computes the gradients again, scaled before the cast, into the same memory.
+    """
+    d_clean, d_adv = precomputed or (None, None)
+    is_precomputed = d_clean is not None or d_adv is not None
+    if not is_precomputed:
+        d_clean, d_adv = _empty_gradients(problem, needs)
+    arguments = Arguments(problem, weighting, grad_output)
+    outputs = (False, False, d_clean is not None, d_adv is not None)
+    plan = find_plan(*arguments.key, outputs, is_precomputed)
+    arguments.launch(plan, None, None, None, d_clean, d_adv)
+    return d_clean, d_adv
+
+
+def terms_forward(problem: Problem) -> CKTATTerms:
+    """Compute both terms. One launch."""
+    n = problem.clean.shape[0]
+    terms = CKTATTerms(*(problem.clean.new_empty(n, dtype=torch.float32) for _ in range(2)))
+    arguments = Arguments(problem, UNWEIGHTED)
+    plan = find_plan(*arguments.key, (False, True, False, False), False)
+    arguments.launch(plan, None, terms.guidance, terms.consistency, None, None)
+    return terms
+
+
+def terms_backward(problem: Problem, grad_guidance: Tensor, grad_consistency: Tensor, needs: Needs) -> Gradients:
+    """Return the gradients for those of the two terms. One launch."""
+    d_clean, d_adv = _empty_gradients(problem, needs)
+    arguments = Arguments(problem, UNWEIGHTED, grad_guidance, grad_consistency)
+    plan = find_plan(*arguments.key, (False, False, *needs), False)
+    arguments.launch(plan, None, None, None, d_clean, d_adv)
+    return d_clean, d_adv
+
+
+UNWEIGHTED = Weighting(1.0, None, "none")
+
+
 def interprets() -> bool:
-    """Whether the kernels were defined for Triton's interpreter, which runs them on CPU tensors."""
+    """True if the kernels were defined for Triton's interpreter, which runs them on CPU tensors."""
     return not isinstance(rows_kernel, triton.JITFunction)

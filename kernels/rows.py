@@ -1,4 +1,4 @@
-"""Whole rows in registers: every logit is read once, and both gradients are written in the same pass."""
+"""The kernel that holds whole rows in registers: each logit is read once, and both gradients come from that reading."""
 
 import triton
 import triton.language as tl
@@ -20,34 +20,54 @@ from .row_math import (
 
 @triton.jit(do_not_specialize=["n"])
 def rows_kernel(
-    clean_ptr, adv_ptr, teacher_ptr,  # logits (N, C)
-    n, tau, beta, y_ptr,  # beta: a number, or a tensor; labels (N,) or None
-    w_guidance, w_consistency,  # upstream gradients: a number, or tensors; None: as w_guidance
-    loss_ptr, guidance_ptr, consistency_ptr, d_clean_ptr, d_adv_ptr,  # outputs, or None
-    C: tl.constexpr, CLEAN_STRIDE: tl.constexpr, ADV_STRIDE: tl.constexpr, TEACHER_STRIDE: tl.constexpr,
-    BETA_STRIDE: tl.constexpr, GUIDANCE_STRIDE: tl.constexpr, CONSISTENCY_STRIDE: tl.constexpr,
-    REDUCTION: tl.constexpr, DONE_AT_ONE: tl.constexpr,
-    G: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """M rows a program. DONE_AT_ONE: the gradients are there already for an upstream gradient of one."""
-    if DONE_AT_ONE:  # noqa: SIM102 - decided when compiling; the other one when running
+    clean_ptr,  # (N, C), the student's logits on clean inputs
+    adv_ptr,  # (N, C), the student's logits on adversarial inputs
+    teacher_ptr,  # (N, C), the teacher's logits on clean inputs
+    n,  # N, int
+    tau,  # temperature of the teacher, float
+    beta,  # weight of the consistency: a float, or a pointer to () or (N,)
+    y_ptr,  # (N,), labels, or None
+    w_guidance,  # weight of the guidance in the gradients: a float, or a pointer to () or (N,)
+    w_consistency,  # weight of the consistency in the gradients: likewise; None means w_guidance
+    loss_ptr,  # output: (N,) for "none", else one partial sum per program; or None
+    guidance_ptr,  # output: (N,), or None
+    consistency_ptr,  # output: (N,), or None
+    d_clean_ptr,  # output: (N, C), contiguous, the gradient of the clean logits; or None
+    d_adv_ptr,  # output: (N, C), contiguous, the gradient of the adversarial logits; or None
+    C: tl.constexpr,  # number of classes
+    CLEAN_STRIDE: tl.constexpr,  # elements from one row to the next
+    ADV_STRIDE: tl.constexpr,
+    TEACHER_STRIDE: tl.constexpr,
+    BETA_STRIDE: tl.constexpr,  # 1 for (N,), 0 for (), None for a number
+    GUIDANCE_STRIDE: tl.constexpr,  # likewise, of w_guidance
+    CONSISTENCY_STRIDE: tl.constexpr,  # likewise, of w_consistency
+    REDUCTION: tl.constexpr,  # "mean", "sum" or "none"
+    PRECOMPUTED: tl.constexpr,  # True if the gradient outputs are already right for w_guidance = 1
+    STRIPS: tl.constexpr,  # the tile is (STRIPS, ROWS, WIDTH), see row_math.py
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Compute the losses, the terms and the gradients of ROWS rows, each if its output is given."""
+    if PRECOMPUTED:  # noqa: SIM102 - the outer condition is decided at compile time
         if tl.load(w_guidance) == 1.0:
             return
-    rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)  # 64 bits: N C may pass 2^31
-    cols = (tl.arange(0, G) * W)[:, None, None] + tl.arange(0, W)[None, None, :]
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits, because N * C may exceed 2^31
+    cols = (tl.arange(0, STRIPS) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
     inside = rows < n
     mask = spread(inside) & (cols < C)
     c = load_logits(clean_ptr + spread(rows * CLEAN_STRIDE) + cols, mask)
     a = load_logits(adv_ptr + spread(rows * ADV_STRIDE) + cols, mask)
     t = load_logits(teacher_ptr + spread(rows * TEACHER_STRIDE) + cols, mask)
+    # Subtract the row maximum, so that exp cannot overflow.
     rate, rate_log2e = rates(tau)
     p_c, p_a, p_t, d_c, _, _, _, guidance, consistency = divergences(
         c - spread(row_max(c)), a - spread(row_max(a)), t - spread(row_max(t)), rate, rate_log2e
     )
+    # With labels, multiply beta by the adversarial probability of the label.
     weight = per_row(beta, BETA_STRIDE, rows, inside)
     if y_ptr is not None:
-        y, exists = load_labels(y_ptr, rows, inside, C)
-        weight *= tl.where(exists, row_sum(tl.where(cols == spread(y), p_a, 0.0)), float("nan"))
+        y, in_range = load_labels(y_ptr, rows, inside, C)
+        weight *= tl.where(in_range, row_sum(tl.where(cols == spread(y), p_a, 0.0)), float("nan"))
     scale = mean_scale(n, REDUCTION)
     store_losses(loss_ptr, guidance_ptr, consistency_ptr, rows, inside, guidance, consistency, weight, scale, REDUCTION)
     if d_clean_ptr is not None or d_adv_ptr is not None:

@@ -85,7 +85,7 @@ def true_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from cktat_loss.kernels import launch
 
     monkeypatch.setattr(launch, "rows_tile", launch.rows_tile.__wrapped__)  # type: ignore[attr-defined]
-    monkeypatch.setattr(launch, "plan", launch.plan.__wrapped__)  # none that was made for other tiles
+    monkeypatch.setattr(launch, "find_plan", launch.find_plan.__wrapped__)  # none that was made for other tiles
 
 
 @pytest.fixture

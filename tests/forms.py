@@ -81,7 +81,7 @@ def total(*args: Any) -> Result:
 
 def without_branches(*args: Any) -> Result:
     """By plain ops, as on devices where Python must not look at values."""
-    with patch.object(_autograd, "_choose", lambda *_: _plain):
+    with patch.object(_autograd, "choose", lambda *_: _plain):
         return rows(*args)
 
 
@@ -112,7 +112,7 @@ def in_chunks(clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Bet
             patch.object(launch, "STREAMING_BLOCK", block),
             patch.object(launch, "ROWS_UP_TO", 0 if run else 4096),
             # None that was made for other sizes.
-            patch.object(launch, "plan", getattr(launch.plan, "__wrapped__", launch.plan)),
+            patch.object(launch, "find_plan", getattr(launch.find_plan, "__wrapped__", launch.find_plan)),
         ):
             parts.append((run or rows)(*logits, tau, weights, y if y is None else y[some]))
     each, d_clean, d_adv = (torch.cat(one) for one in zip(*parts, strict=True))

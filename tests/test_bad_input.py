@@ -192,3 +192,42 @@ def test_labels_and_a_tensor_of_weights_are_too_much() -> None:
     for beta in (torch.ones(4), torch.tensor(6.0)):
         with pytest.raises(TypeError, match=r"beta must be a number where y gives the weights.*got a tensor"):
             cktat_loss(**GOOD, beta=beta, y=torch.zeros(4).long())
+
+
+class Metres(torch.Tensor):
+    pass
+
+
+class Feet(torch.Tensor):
+    pass
+
+
+class Inches(Feet):
+    pass
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        {"adv_logits": GOOD["adv_logits"].as_subclass(Metres), "teacher_logits": X.as_subclass(Feet)},
+        {"clean_logits": X.as_subclass(Feet), "adv_logits": GOOD["adv_logits"].as_subclass(Metres)},
+        {"adv_logits": GOOD["adv_logits"].as_subclass(Metres), "y": torch.zeros(4).long().as_subclass(Feet)},
+        {"adv_logits": GOOD["adv_logits"].as_subclass(Metres), "beta": torch.ones(4).as_subclass(Feet)},
+    ],
+    ids=lambda mixed: " and ".join(mixed),
+)
+def test_unrelated_tensor_subclasses(mixed: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"unrelated tensor subclasses (Feet and Metres|Metres and Feet)"):
+        cktat_loss(**GOOD | mixed)
+
+
+def test_related_tensor_subclasses_and_parameters() -> None:
+    mixed = {"adv_logits": GOOD["adv_logits"].as_subclass(Feet), "teacher_logits": torch.nn.Parameter(X)}
+    y = torch.zeros(4).long()
+    loss = cktat_loss(X.as_subclass(Inches), **mixed, y=y.as_subclass(Inches))
+    assert float(loss) == float(cktat_loss(**GOOD, y=y))
+
+
+def test_a_flag_of_numpy_is_named_in_full() -> None:
+    with pytest.raises(TypeError, match=r"detach_clean must be True or False, got a (numpy\.bool|bool_)$"):
+        cktat_loss(**GOOD, detach_clean=np.bool_(True))  # type: ignore[call-overload]

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cktat_loss import CKTATLoss, warm_start
+from cktat_loss import CKTATLoss, adaptive_beta, functional, warm_start
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
@@ -59,7 +59,7 @@ def make_teacher():
     return teacher
 
 
-def on_rank(rank, folder):
+def join(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -68,6 +68,10 @@ def on_rank(rank, folder):
         world_size=WORLD,
         timeout=datetime.timedelta(seconds=60),
     )
+
+
+def on_rank(rank, folder):
+    join(rank, folder)
     teacher = make_teacher()
     torch.manual_seed(100 + rank)
     student = DistributedDataParallel(Net(halves=1), broadcast_buffers=False)
@@ -95,3 +99,35 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, monkeypatch):
     for rank in ranks:
         torch.testing.assert_close(rank["gradients"], expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(rank["teacher"], copy.deepcopy(teacher).state_dict(), rtol=0, atol=0)
+
+
+def on_mesh(rank, folder):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    join(rank, folder)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    logits, y = [torch.randn(8, 6) for _ in range(3)], torch.randint(6, (8,))
+    for placement in (Shard(0), Shard(1), Replicate()):
+        clean, adv, teacher = (distribute_tensor(x, mesh, [placement]).requires_grad_() for x in logits)
+        labels = distribute_tensor(y, mesh, [placement if placement == Shard(0) else Replicate()])
+        check(functional.cktat_loss(clean, adv, teacher), functional.cktat_loss(*logits))
+        assert isinstance(adv, DTensor)
+        if placement == Shard(1):
+            with pytest.raises(TypeError, match="y cannot be used with adv_logits that are sharded over classes"):
+                functional.cktat_loss(clean, adv, teacher, y=labels)
+            with pytest.raises(TypeError, match="y cannot be used with adv_logits that are sharded over classes"):
+                adaptive_beta(adv, labels)
+        else:
+            check(functional.cktat_loss(clean, adv, teacher, y=labels), functional.cktat_loss(*logits, y=y))
+            check(adaptive_beta(adv, labels), adaptive_beta(logits[1], y))
+    dist.destroy_process_group()
+
+
+def check(actual, expected):
+    torch.testing.assert_close(actual.full_tensor(), expected)
+
+
+def test_dtensor_logits_are_right_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mp.spawn(on_mesh, (tmp_path,), nprocs=WORLD)

@@ -5,8 +5,11 @@ The tests of the loss run there too, on the GPU's tensors: see conftest.py.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from tests import oracle
 
 pytestmark = pytest.mark.gpu
 
+ROOT = Path(__file__).parents[1]
 TAU, BETA = 0.7, 5.3
 Run = Callable[..., tuple[Tensor, ...]]
 SHAPES = pytest.mark.parametrize("shape", [(128, 10), (256, 1000), (8, 21841)], ids=str)
@@ -118,10 +122,8 @@ def test_bit_for_bit_the_same_again(run: Run, shape: tuple[int, int]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, run(*inputs, other), strict=True))
 
 
-@SHAPES
-@BOTH
-def test_in_a_cuda_graph(run: Run, shape: tuple[int, int]) -> None:
-    """Captured once, replayed on other logits and other weights or labels."""
+def capture_and_replay(run: Run, shape: tuple[int, int]) -> None:
+    """Capture a run once, and replay it on other logits and other weights or labels."""
     inputs, other = logits(shape), others(run, shape[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -138,6 +140,18 @@ def test_in_a_cuda_graph(run: Run, shape: tuple[int, int]) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert_right(result, *truth_of(run, inputs, other))
+
+
+@SHAPES
+@BOTH
+def test_in_a_cuda_graph(run: Run, shape: tuple[int, int]) -> None:
+    """A capture that fails breaks every later random call of its process, so it gets a process of its own."""
+    program = (
+        f"from tests import test_gpu as t; t.torch.manual_seed(0); t.capture_and_replay(t.{run.__name__}, {shape})"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @SHAPES

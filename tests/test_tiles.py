@@ -29,8 +29,8 @@ def test_few_classes(classes: int, form: forms.Form) -> None:
     from cktat_loss.kernels import launch
 
     tile = launch.rows_tile(classes, 4, 257)
-    assert classes <= tile.G * tile.W
-    for n in {1, tile.M - 1, tile.M, tile.M + 1} - {0}:
+    assert classes <= tile.strips * tile.width
+    for n in {1, tile.rows - 1, tile.rows, tile.rows + 1} - {0}:
         check(form, n, classes)
 
 
@@ -66,5 +66,6 @@ def test_every_tile_fits() -> None:
             for n in (1, 64, 256, 257):
                 tile = launch.rows_tile(classes, size, n)
                 assert all(x & (x - 1) == 0 for x in tile)
-                assert classes <= tile.G * tile.W < 2 * classes or tile.G * tile.W == 4 > classes or classes == 1
-                assert 16 * 32 * tile.warps >= tile.G * tile.M * tile.W or classes < 16
+                columns = tile.strips * tile.width
+                assert classes <= columns < 2 * classes or columns == 4 > classes or classes == 1
+                assert 16 * 32 * tile.warps >= columns * tile.rows or classes < 16

@@ -188,7 +188,7 @@ def test_a_label_that_is_no_class_reads_nobody_elses_memory(
 ) -> None:
     if wrong < classes and wrong > 0:
         pytest.skip("is a class here")
-    monkeypatch.setattr("cktat_loss._checks._is_traced", lambda: True)  # as on a GPU, where no label is looked at
+    monkeypatch.setattr("cktat_loss._checks.is_traced", lambda: True)  # as on a GPU, where no label is looked at
     done = run(STEPS["training"], (3, classes), y=torch.tensor([0, wrong, classes - 1]))
     assert done.traffic.bytes_outside() == 0
     loaded = done.traffic.loaded(done.logits[1])

@@ -213,6 +213,61 @@ def test_a_cast_that_fails_comes_before_the_first_write(monkeypatch: pytest.Monk
     assert_same(student.state_dict(), before)
 
 
+# Names that other versions of PyTorch have.
+
+
+def without_counter(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, DataParallel], ids=["bare", "wrapped"])
+@pytest.mark.parametrize(
+    "model", [Net, lambda: nn.BatchNorm2d(3), lambda: nn.InstanceNorm1d(3, track_running_stats=True)]
+)
+def test_a_batchnorm_without_its_counter(
+    model: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    student, teacher = model(), model()
+    counters = [tensor for name, tensor in student.named_buffers() if name.endswith("num_batches_tracked")]
+    assert len(counters) == 1
+    counters[0].fill_(7)
+    state = without_counter(teacher.state_dict())
+    assert warm_start(wrap(student), wrap(teacher) and state) == WarmStartReport(tuple(state), (), (), ())
+    assert int(counters[0]) == 7
+    assert_same(without_counter(student.state_dict()), state)
+
+
+def test_a_counter_is_only_spared_beside_statistics() -> None:
+    state = {name: tensor for name, tensor in Net().state_dict().items() if not name.startswith("norm.")}
+    assert_refused(Net(), state, ValueError, "missing: norm.weight, .*norm.running_var, norm.num_batches_tracked$")
+    counter = with_buffers(num_batches_tracked=torch.zeros(()), other=torch.zeros(()))
+    assert_refused(counter, {"other": torch.ones(())}, ValueError, "missing: num_batches_tracked")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.Sequential, DataParallel, lambda m: m])
+def test_names_of_the_old_weight_norm(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    from torch.nn.utils import parametrizations, weight_norm
+
+    student, teacher = parametrizations.weight_norm(nn.Linear(3, 4)), weight_norm(nn.Linear(3, 4))
+    report = warm_start(wrap(student), wrap(teacher).state_dict())
+    assert (len(report.copied), report.missing, report.unexpected, report.mismatched) == (3, (), (), ())
+    x = torch.randn(2, 3)
+    assert_same(student(x), teacher(x))
+
+
+def test_names_like_weight_norms_are_left_alone() -> None:
+    student = with_buffers(weight_g=torch.zeros(2), weight_v=torch.zeros(2))
+    student.parametrizations = nn.Module()
+    student.parametrizations.weight = with_buffers(original0=torch.zeros(2), original1=torch.zeros(2))
+    teacher = {name: torch.full((2,), float(k)) for k, name in enumerate(student.state_dict(), start=1)}
+    warm_start(student, teacher)
+    assert_same(student.state_dict(), teacher)
+    assert_refused(
+        with_buffers(a=torch.zeros(2)), {"a": torch.ones(2), "a_g": torch.ones(2)}, ValueError, "unexpected: a_g"
+    )
+
+
 # Tensors without values, or that can't be written.
 
 
@@ -228,7 +283,7 @@ def test_tensors_without_values_are_refused(side: str, kind: str) -> None:
 def test_what_cannot_be_written_is_refused_before_the_first_write() -> None:
     with torch.inference_mode():
         inference = torch.zeros(4)  # fine to read
-    for buffer, why in ((torch.zeros(1).expand(4), "more than one element"), (inference, "inference tensor")):
+    for buffer, why in ((torch.zeros(1).expand(4), "elements share memory"), (inference, "made in inference mode")):
         student, teacher = (
             with_buffers(first=torch.zeros(2), bad=buffer),
             {"first": torch.ones(2), "bad": inference + 1},
@@ -238,10 +293,112 @@ def test_what_cannot_be_written_is_refused_before_the_first_write() -> None:
     assert student.good.tolist() == [0] * 4
 
 
+class Immutable(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_:
+            raise NotImplementedError("no copy_ for Immutable")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_kind_of_tensor_that_cannot_be_written() -> None:
+    student = with_buffers(first=torch.zeros(2), bad=torch.zeros(4).as_subclass(Immutable))
+    teacher = {"first": torch.ones(2), "bad": torch.ones(4)}
+    with pytest.raises(ValueError, match="student: bad must be writable: no copy_ for Immutable"):
+        warm_start(student, teacher)
+    assert student.first.tolist() == [0, 0]
+
+
+def test_looking_whether_weights_can_be_written_writes_nothing() -> None:
+    """An error leaves a pending backward pass as it was: autograd would notice a write, even of the same values."""
+    student = Net()
+    student.register_buffer("bad", torch.zeros(1).expand(4))
+    loss = student.head(torch.ones(3, 4)).exp().sum() + student.norm(student.conv(torch.ones(2, 3, 5, 5))).sum()
+    versions = [tensor._version for tensor in student.state_dict(keep_vars=True).values()]
+    assert_refused(student, {**Net().state_dict(), "bad": torch.ones(4)}, ValueError, "bad must be writable")
+    assert [tensor._version for tensor in student.state_dict(keep_vars=True).values()] == versions
+    loss.backward()
+
+
+def test_what_is_not_written_need_not_be_writable() -> None:
+    student = with_buffers(first=torch.zeros(2), bad=torch.zeros(1).expand(4))
+    assert warm_start(student, {"first": torch.ones(2)}, strict=False).missing == ("bad",)
+    assert student.first.tolist() == [1, 1]
+
+
+def test_tensors_made_of_other_tensors_are_refused() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    composed = TwoTensor(torch.ones(2), torch.ones(2))
+    match = "value must be a tensor with memory of its own, got TwoTensor"
+    assert_refused(with_buffers(value=torch.zeros(2)), {"value": composed}, TypeError, f"teacher: {match}")
+    with pytest.raises(TypeError, match=f"student: {match}"):
+        warm_start(with_buffers(value=composed), {"value": torch.ones(2)})
+
+
 def test_a_state_dict_made_of_copies_is_refused() -> None:
     student = nn.Linear(2, 2)
     student.register_state_dict_post_hook(lambda module, state, *_: state.update(bias=state["bias"].clone()))
     assert_refused(student, nn.Linear(2, 2), TypeError, "student: bias in its state_dict must be one of its")
+
+
+# A state_dict of the user's own.
+
+
+class Own(nn.Module):
+    """Its state_dict knows no keep_vars, and has the names of the network inside."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def state_dict(self) -> dict[str, Tensor]:  # type: ignore[override]
+        return self.net.state_dict()
+
+
+class Copying(Own):
+    def state_dict(self) -> dict[str, Tensor]:  # type: ignore[override]
+        return {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+
+
+class Listing(Own):
+    def state_dict(self, **options: Any) -> Any:
+        return [*self.net.state_dict().values()]
+
+
+def test_a_state_dict_of_the_users_own() -> None:
+    student, teacher = Own(Net()), Own(Net())
+    weight = student.net.head.weight
+    assert warm_start(student, teacher) == WarmStartReport(NAMES, (), (), ())
+    assert student.net.head.weight is weight
+    assert_same(student.state_dict(), teacher.state_dict())
+    assert warm_start(Net(), Copying(teacher.net)).copied == NAMES
+    assert_refused(student, student.net, ValueError, "teacher must share no memory with student")
+    assert_refused(Copying(student.net), teacher, TypeError, "in its state_dict must be one of its parameters or b")
+
+
+def test_a_state_dict_of_the_users_own_keeps_ties() -> None:
+    student, teacher = Own(Tied()), Tied()
+    assert warm_start(student, teacher).copied == ("embed.weight", "out.weight")
+    assert student.net.out.weight is student.net.embed.weight
+    assert_same(student.net.out.weight, teacher.out.weight)
+    different = Tied(tied=False)
+    assert_refused(student, different, ValueError, r"mismatched: out\.weight \(tied to embed\.weight in the student")
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, DataParallel])
+def test_a_state_dict_that_no_parent_can_call(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    for pair in ({"student": wrap(Own(Net())), "teacher": Net()}, {"student": Net(), "teacher": wrap(Own(Net()))}):
+        with pytest.raises(
+            TypeError, match=r"(student|teacher): each of its modules must have a state_dict that can .*"
+        ):
+            warm_start(**pair)
+
+
+def test_a_state_dict_that_is_none() -> None:
+    assert_refused(
+        Net(), Listing(Net()), TypeError, r"teacher: its state_dict\(\) must return tensors by name, got list"
+    )
 
 
 # Entries that are no tensors.
@@ -351,6 +508,9 @@ def test_strict_is_a_bool() -> None:
 
 def test_the_report_reads_well_and_stays_as_it_is() -> None:
     report = WarmStartReport(("a", "b"), ("c",), (), ("d", "e"))
-    assert str(report) == "copied 2, missing 1, unexpected 0, mismatched 2\n  missing: c\n  mismatched: d, e"
+    assert str(report) == (
+        "copied 2, missing 1, unexpected 0, mismatched 2 (non-persistent buffers are never copied)\n"
+        "  missing: c\n  mismatched: d, e"
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.copied = ()  # type: ignore[misc]

@@ -48,6 +48,31 @@ def test_kinds_of_mapping_and_of_entry() -> None:
     assert_reads({"model": "resnet18", "ema": None, "net": weights}, weights)
 
 
+SETTINGS = [{"width": 3}, {}, {"blocks": [{"width": 3}], "optimizer": {"lr": 0.1}}, {"state": {}, "param_groups": []}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_dict_without_tensors_is_no_second_set_of_weights(settings: Any) -> None:
+    weights = net().state_dict()
+    assert_reads({"state_dict": weights, "model": settings, "ema": {"decay": 0.9, "updates": 3}}, weights)
+    assert_refused(
+        {"model": settings, "epoch": 3}, ValueError, r"must hold only tensors, .*, got model \(dict\), epoch"
+    )
+    for second in ({"ema": {"decay": 0.9, "shadow": weights}}, {"ema": net()}, {"ema": {"net": net()}}):
+        assert_refused({"model": weights, **second}, ValueError, "must hold one set of weights, got model, ema")
+
+
+def test_a_checkpoint_of_lightnings() -> None:
+    weights = net().state_dict()
+    rest = {"hyper_parameters": {"lr": 0.1}, "optimizer_states": [{"state": {0: torch.ones(2)}}], "callbacks": {}}
+    assert_reads({"state_dict": weights, "pytorch-lightning_version": "2.6", **rest}, weights)
+
+
+def test_only_what_is_no_tensor_is_listed() -> None:
+    with pytest.raises(ValueError, match=r"got epoch \(int\), bias \(NoneType\)$"):
+        warm_start(net(), {**net().state_dict(), "epoch": 3, "bias": None})
+
+
 def test_a_child_called_like_an_entry_is_a_child() -> None:
     student, teacher = nn.ModuleDict({"model": net()}), nn.ModuleDict({"model": net()})
     assert len(warm_start(student, teacher.state_dict()).copied) == 7
@@ -56,6 +81,13 @@ def test_a_child_called_like_an_entry_is_a_child() -> None:
 def test_several_sets_of_weights_are_never_guessed_between() -> None:
     checkpoint = {"model": net().state_dict(), "ema": net().state_dict(), "epoch": 3}
     assert_refused(checkpoint, ValueError, "teacher must hold one set of weights, got model, ema: pass the one")
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module.eval(), torch.ones(2, 3))])
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_torchscript(make: Any) -> None:
+    teacher = make(net())
+    assert_reads(teacher, dict(teacher.state_dict()))
 
 
 @pytest.mark.parametrize("teacher", [{"epoch": 3}, {0: torch.ones(1)}, {**net().state_dict(), "epoch": 3}])

@@ -22,7 +22,7 @@ def to_triton(mode: str) -> None:
         patch_the_language_once()
         launch.rows_tile = many_rows_a_program(launch.rows_tile)
         oracle.LOST_TO_ROUNDING[torch.bfloat16] = 1.0
-        _autograd._choose = to_the_interpreter(_autograd._choose)
+        _autograd.choose = to_the_interpreter(_autograd.choose)
         return
     for name in ("cktat_loss", "cktat_terms"):
         setattr(functional, name, on_the_gpu(getattr(functional, name)))
@@ -55,7 +55,7 @@ def many_rows_a_program(rows_tile: Any) -> Any:
     @functools.wraps(rows_tile)
     def taller(*args: Any) -> Any:
         tile = rows_tile(*args)
-        return tile._replace(M=max(64, tile.M))
+        return tile._replace(rows=max(64, tile.rows))
 
     return taller
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from tests.examples_path import imported
 
@@ -79,32 +77,25 @@ def trades_attack(model, x, *, eps, step, steps, start):
 
 @given(
     norm=st.sampled_from(["linf", "l2"]),
-    objective=st.sampled_from(["ce", "kl"]),
+    loss=st.sampled_from(["ce", "kl"]),
     share=st.floats(0, 1),
     step=st.floats(1e-3, 5),
     steps=st.integers(1, 4),
     random_start=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_images_stay_in_the_ball_and_in_0_1(attack, norm, objective, share, step, steps, random_start, dtype):
-    eps = share * (1 if norm == "linf" else 3)
+def test_images_stay_in_the_ball_and_in_0_1(attack, norm, loss, share, step, steps, random_start, dtype):
+    eps = 1e-6 + share * (0.99 if norm == "linf" else 3)
     model, y = linear(dtype=dtype), torch.tensor([0, 1, 2, 0, 1])
     x = torch.rand(5, 6, dtype=dtype)
     x[0], x[1] = 0, 1
-    how = {"norm": norm, "objective": objective, "start": None if random_start else x}
+    how = {"norm": norm, "loss": loss, "start": None if random_start else x}
     x_adv = attack.pgd(model, x, y, eps=eps, step=step, steps=steps, **how)
     assert (lengths(x_adv - x, norm) <= eps + 1e-6).all()
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert x_adv.dtype == dtype
     assert not x_adv.requires_grad
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("random_start", [True, False])
-def test_eps_0_gives_x(attack, net, x, y, norm, random_start):
-    x_adv = attack.pgd(net, x, y, eps=0, step=0.1, steps=2, norm=norm, start=None if random_start else x)
-    assert torch.equal(x_adv, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -186,21 +177,21 @@ def test_the_kl_attack_is_that_of_trades(attack):
     x = 0.1 + 0.8 * torch.rand(50, 6, dtype=torch.float64)
     start = x + 0.001 * torch.randn_like(x)
     wide = {"eps": 0.6, "step": 0.2, "steps": 6}  # close to x, the KL's other direction would lead to the same place
-    ours = attack.pgd(model, x, torch.zeros(50, dtype=torch.long), **wide, objective="kl", start=start)
+    ours = attack.pgd(model, x, torch.zeros(50, dtype=torch.long), **wide, loss="kl", start=start)
     torch.testing.assert_close(ours, trades_attack(model, x, **wide, start=start))
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-def test_a_function_is_an_objective_too(attack, reduced):
+def test_a_function_is_an_loss_too(attack, reduced):
     """Here the label's logit, against the cross-entropy. On a linear model, one step goes to its best point."""
     model, y = linear(), torch.tensor([0, 1, 2, 0, 1])
     x = 0.3 + 0.4 * torch.rand(5, 6, dtype=torch.float64)
 
-    def objective(logits, y):
+    def loss(logits, y):
         value = logits.gather(1, y[:, None]).squeeze(1)
         return value.sum() if reduced else value
 
-    x_adv = attack.pgd(model, x, y, eps=0.1, step=0.1, steps=1, objective=objective, start=x)
+    x_adv = attack.pgd(model, x, y, eps=0.1, step=0.1, steps=1, loss=loss, start=x)
     torch.testing.assert_close(x_adv, x + 0.1 * model.weight[y].sign())
 
 
@@ -215,13 +206,13 @@ def undecided():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_kl_attack_gets_nowhere_from_x_itself(attack, norm):
     model, x, y = undecided()
-    assert torch.equal(attack.pgd(model, x, y, **USUAL, norm=norm, objective="kl", start=x), x)
+    assert torch.equal(attack.pgd(model, x, y, **USUAL, norm=norm, loss="kl", start=x), x)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_kl_attack_gets_away_from_a_random_start(attack, norm):
     model, x, y = undecided()
-    x_adv = attack.pgd(model, x, y, eps=0.1, step=0.1, steps=5, norm=norm, objective="kl")
+    x_adv = attack.pgd(model, x, y, eps=0.1, step=0.1, steps=5, norm=norm, loss="kl")
     assert (lengths(x_adv - x, norm) > 0.09).all()
 
 
@@ -298,21 +289,21 @@ def test_modes_are_put_back_after_an_exception(attack, net, x, y):
     assert [module.training for module in net.modules()] == before
 
 
-@pytest.mark.parametrize("objective", ["ce", "kl"])
-def test_every_forward_is_in_eval_mode(attack, net, x, y, objective):
-    attack.pgd(net, x, y, **USUAL, objective=objective)
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_every_forward_is_in_eval_mode(attack, net, x, y, loss):
+    attack.pgd(net, x, y, **USUAL, loss=loss)
     assert not any(training for modes in net.modes for training in modes)
 
 
 def test_batchnorm_statistics_do_not_move(attack, net, x, y):
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    attack.pgd(net, x, y, **USUAL, objective="kl")
+    attack.pgd(net, x, y, **USUAL, loss="kl")
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
-@pytest.mark.parametrize("objective", ["ce", "kl"])
-def test_parameters_get_no_gradients(attack, net, x, y, objective):
-    attack.pgd(net, x, y, **USUAL, objective=objective)
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_parameters_get_no_gradients(attack, net, x, y, loss):
+    attack.pgd(net, x, y, **USUAL, loss=loss)
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
@@ -341,19 +332,19 @@ def test_the_images_passed_are_not_changed(attack, net, x, y):
 # Cost
 
 
-@pytest.mark.parametrize(("objective", "forwards"), [("ce", 3), ("kl", 4)])
-def test_clean_logits_are_computed_once_at_most(attack, net, x, y, objective, forwards):
-    attack.pgd(net, x, y, **USUAL, objective=objective)
+@pytest.mark.parametrize(("loss", "forwards"), [("ce", 3), ("kl", 4)])
+def test_clean_logits_are_computed_once_at_most(attack, net, x, y, loss, forwards):
+    attack.pgd(net, x, y, **USUAL, loss=loss)
     assert len(net.modes) == forwards
 
 
 # Company
 
 
-@pytest.mark.parametrize("objective", ["ce", "kl"])
-def test_autocast(attack, net, x, y, objective):
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_autocast(attack, net, x, y, loss):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        x_adv = attack.pgd(net, x, y, **USUAL, objective=objective)
+        x_adv = attack.pgd(net, x, y, **USUAL, loss=loss)
         loss = net(x_adv).float().logsumexp(1).sum()
     assert x_adv.dtype == torch.float32
     assert (lengths(x_adv - x, "linf") > 0.09).all()
@@ -376,42 +367,24 @@ def test_a_compiled_model(attack, net, x, y):
     torch.testing.assert_close(x_adv, attack.pgd(net, x, y, **USUAL, start=x))
 
 
-def test_a_ddp_model_trains_on_after_an_attack_that_exchanges_nothing(attack, net, x, y, tmp_path):
-    expected = attack.pgd(net, x, y, **USUAL, start=x)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(net)
-        forwards = []
-        model.register_forward_pre_hook(lambda *_: forwards.append("through DDP"))
-        x_adv = attack.pgd(model, x, y, **USUAL, start=x)
-        assert not forwards
-        F.cross_entropy(model(x_adv), y).backward()
-    finally:
-        dist.destroy_process_group()
-    assert all(parameter.grad is not None for parameter in net.parameters())
-    assert torch.equal(x_adv, expected)
-
-
 # Bad arguments
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm": "l1"}, "norm must be 'linf' or 'l2', got 'l1'"),
-        ({"objective": "cw"}, "objective must be 'ce', 'kl' or a function .*, got 'cw'"),
-        ({"eps": -0.1}, r"eps must be in \[0, 1\] for norm linf, got -0\.1$"),
-        ({"eps": float("nan")}, r"eps must be in \[0, 1\] for norm linf, got nan$"),
-        ({"eps": 8}, r"got 8: pixels are in \[0, 1\], so write 8/255"),
-        ({"eps": 128, "norm": "l2"}, r"eps must be in \[0, 100\] for norm l2, got 128$"),
-        ({"step": 0.0}, r"step must be a finite number above 0, got 0\.0"),
-        ({"step": float("inf")}, "step must be a finite number above 0, got inf"),
-        ({"steps": 0}, "steps must be an int from 1, got 0"),
-        ({"steps": 2.0}, r"steps must be an int from 1, got 2\.0"),
-        ({"x": torch.full((4, 1, 8, 8), -1.5)}, r"x must be images in \[0, 1\] .*, got values in \[-1\.5, "),
+        ({"norm": "l1"}, "at most 1 with norm linf, 100 with norm l2; got 0.1 with norm l1"),
+        ({"eps": -0.1}, "got -0.1 with norm linf$"),
+        ({"eps": 0}, "eps must be above 0"),
+        ({"eps": float("nan")}, "got nan"),
+        ({"eps": 8}, r"got 8 with norm linf: pixels are in \[0, 1\], so write 8/255"),
+        ({"eps": 128, "norm": "l2"}, "got 128 with norm l2: .* write 128/255"),
+        ({"step": 0.0}, r"step a finite number above 0, got 3 and 0\.0"),
+        ({"step": float("inf")}, "got 3 and inf"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"x": torch.full((4, 1, 8, 8), -1.5)}, r"x must be images in \[0, 1\], got \[-1\.5, "),
         ({"x": torch.full((4, 1, 8, 8), float("nan"))}, r"x must be images in \[0, 1\]"),
-        ({"x": torch.full((4, 1, 8, 8), 255, dtype=torch.uint8)}, r"x must be .*, got values in \[255, 255"),
-        ({"start": torch.zeros(4, 8, 8)}, r"start must be shaped as x, \(4, 1, 8, 8\), got \(4, 8, 8\)"),
+        ({"x": torch.full((4, 1, 8, 8), 255, dtype=torch.uint8)}, r"got \[255, 255"),
     ],
 )
 def test_bad_arguments_are_named(attack, net, x, y, change, message):
@@ -419,12 +392,12 @@ def test_bad_arguments_are_named(attack, net, x, y, change, message):
         attack.pgd(net, **{"x": x, "y": y, **USUAL, **change})
 
 
-@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3), ("1e400", float("inf"))])
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3)])
 def test_numbers_can_be_fractions(attack, text, value):
     assert attack.fraction(text) == value
 
 
-@pytest.mark.parametrize("text", ["8/0", "8/", "/255", "eight", "", "8/2/5"])
-def test_what_is_no_number_is_an_error_of_value(attack, text):
+@pytest.mark.parametrize("text", ["8/", "/255", "eight", "", "8/2/5", "8/0"])
+def test_what_is_no_number_is_refused(attack, text):
     with pytest.raises(ValueError, match=r"."):
-        attack.fraction(text)
+        attack.check(attack.fraction(text), "linf")

@@ -1,0 +1,131 @@
+"""The interface of a backend, and the private names of torch that the package uses.
+
+A backend computes Eq. 17 and its gradients. There are three: ``kernels`` (Triton, on a GPU), ``_cpu`` (blocks that stay
+in cache, on an eager CPU) and ``_plain`` (differentiable tensor operations, for everything else). ``_autograd.choose``
+picks one of them. Arguments come in the order clean, adversarial, teacher everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# The gradients of the clean and of the adversarial logits, each (N, C) in its logits' dtype. None if not needed.
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+class CKTATTerms(NamedTuple):
+    """The two KL terms of Eq. 17, each (N,): ``guidance + beta * consistency`` is the loss of each sample."""
+
+    guidance: Tensor
+    consistency: Tensor
+
+
+class Problem(NamedTuple):
+    """The inputs of both KL terms."""
+
+    clean: Tensor  # (N, C), the student's logits on clean inputs
+    adv: Tensor  # (N, C), the student's logits on adversarial inputs
+    teacher: Tensor  # (N, C), the teacher's logits on clean inputs, detached
+    tau: float  # the teacher's temperature
+
+
+class Weighting(NamedTuple):
+    """The rule by which the loss combines the two terms."""
+
+    beta: float | Tensor  # weight of the consistency: a number, or a tensor, () or (N,)
+    y: Tensor | None  # (N,), labels, which multiply beta by softmax(adv)[y]
+    reduction: str  # "mean", "sum" or "none"
+
+
+class Needs(NamedTuple):
+    """The gradients that a backward pass will ask for."""
+
+    clean: bool
+    adv: bool
+
+
+class Forward(NamedTuple):
+    """The result of a forward pass."""
+
+    loss: Tensor  # (), or (N,) for reduction "none"
+    terms: CKTATTerms | None  # detached; None unless requested
+    precomputed: Any  # passed back to loss_backward of the same backend, once
+
+
+class Backend(Protocol):
+    """The functions of a backend. Each backend is a module that has them."""
+
+    def loss_forward(self, problem: Problem, weighting: Weighting, needs: Needs, return_terms: bool) -> Forward:
+        """Compute the loss. It may precompute the gradients that are needed, for a ``grad_output`` of one."""
+
+    def loss_backward(
+        self, problem: Problem, weighting: Weighting, grad_output: Tensor, precomputed: Any, needs: Needs
+    ) -> Gradients:
+        """Return the gradients for ``grad_output``, which has the loss's shape.
+
+        ``precomputed`` is what ``loss_forward`` returned. It is None in a second backward pass over a retained graph.
+        """
+
+    def terms_forward(self, problem: Problem) -> CKTATTerms:
+        """Compute both terms, each (N,)."""
+
+    def terms_backward(
+        self, problem: Problem, grad_guidance: Tensor, grad_consistency: Tensor, needs: Needs
+    ) -> Gradients:
+        """Return the gradients for those of the two terms, each () or (N,)."""
+
+
+# Private names of torch. Each comment says since when torch has had the name.
+
+
+def in_functorch() -> bool:
+    """True if a torch.func transform is active."""
+    return torch._C._are_functorch_transforms_active()  # since torch 2.0
+
+
+def is_traced() -> bool:
+    """True if values of tensors cannot be read: under torch.compile, torch.export or a torch.func transform."""
+    return torch.compiler.is_compiling() or in_functorch()
+
+
+def is_transformed() -> bool:
+    """True if a torch.func transform or forward-mode differentiation is active."""
+    return in_functorch() or torch.autograd.forward_ad._current_level >= 0  # since torch 1.11
+
+
+def is_mapped(gradients: Iterable[Tensor]) -> bool:
+    """True inside ``autograd.grad(..., is_grads_batched=True)``, which maps a backward pass over many gradients."""
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, gradients))  # since torch 2.0
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True if the module is torch.compile's wrapper. Its class is compared by name: importing it takes seconds."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")  # since torch 2.0
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """Return the forward and backward hooks of a module."""
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # since torch 2.0
+    return [hook for name in names for hook in vars(module)[name].values()]
+
+
+def _is_exporting() -> bool:
+    """True under torch.export."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().export
+    except AttributeError:  # strict=False traces without Dynamo
+        return True
+
+
+if hasattr(torch.compiler, "is_exporting"):
+    is_exporting = torch.compiler.is_exporting
+else:  # floor: torch 2.6. Dynamo calls a function with this mark and takes its result as a constant.
+    is_exporting = _is_exporting
+    is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

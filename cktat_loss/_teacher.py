@@ -1,0 +1,184 @@
+"""The frozen teacher of a criterion: copying it, running it in eval mode, moving it with its values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import chain
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from cktat_loss._backends import hooks, is_compiled
+from cktat_loss._state_dicts import WRAPPERS
+
+SHARE_IT = "copy_teacher=False shares it instead"
+
+
+def freeze(teacher: nn.Module, *, copied: bool) -> nn.Module:
+    """Return the module that a criterion runs: a deep copy in eval mode without gradients, or the teacher itself.
+
+    Wrappers are taken off before copying. Raises TypeError for TorchScript, and ValueError for a teacher that has no
+    values yet, that would not be frozen, or that cannot be copied.
+    """
+    _check_runnable(teacher)
+    if not copied:
+        return teacher
+    original = unwrap(teacher)
+    _check_references(original)
+    try:
+        frozen = copy.deepcopy(original).eval().requires_grad_(False)
+    except Exception as error:
+        raise ValueError(f"teacher ({_name(teacher)}) cannot be deep-copied: {error}. {SHARE_IT}") from error
+    _check_copy(original, frozen)
+    return frozen
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile's wrapper.
+
+    A wrapper is kept if taking it off could lose something: a subclass, or one with hooks. Types are compared and no
+    attribute is asked for, since a module's own ``__getattr__`` may answer for the module inside it.
+    """
+    if hooks(module):
+        return module
+    if type(module) in WRAPPERS and "forward" not in vars(module):
+        return unwrap(module.module)  # type: ignore[arg-type]
+    if is_compiled(module):
+        return unwrap(module._orig_mod)  # type: ignore[arg-type]
+    return module
+
+
+def run(teacher: nn.Module, x: Any) -> Any:
+    """Return ``teacher(x)`` in eval mode under no_grad, with ``x`` as it is. Modes are restored afterwards."""
+    training = [module for module in teacher.modules() if module.training]  # never any in a copy
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            return teacher(x)
+    except Exception as error:
+        if hint := _dtype_hint(teacher, x):
+            error.args = (f"{error}\n{hint}", *error.args[1:])
+        raise
+    finally:
+        for module in training:
+            module.training = True
+
+
+def move(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Apply ``fn`` of ``nn.Module._apply`` to the teacher's tensors and keep their values.
+
+    ``.to()`` keeps values by itself. ``.to_empty()`` does not: it returns uninitialised memory, which the caller
+    fills by ``load_state_dict``, where the teacher's weights are not.
+    """
+
+    def keep_values(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved is not tensor:
+            with torch.no_grad():
+                moved.copy_(tensor)
+        return moved
+
+    teacher._apply(keep_values)  # type: ignore[no-untyped-call]
+
+
+def _check_runnable(teacher: nn.Module) -> None:
+    """Refuse a teacher that has no values or cannot be put into eval mode."""
+    for name, tensor in _tensors(teacher):
+        if is_lazy(tensor):
+            raise ValueError(f"teacher must have values, but {name} is lazy: run a forward pass first")
+        if tensor.is_meta:
+            raise ValueError(f"teacher must have values, but {name} is on the meta device")
+    for module in teacher.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"teacher must not be TorchScript, got {_name(module)}: pass teacher_logits= instead")
+        if isinstance(module, fx.GraphModule) and (target := _train_mode_call(module)):
+            raise ValueError(
+                f"teacher must be in eval mode, but a graph has train mode built in ({target}): export it in eval mode"
+            )
+
+
+def _check_references(original: nn.Module) -> None:
+    """Refuse functions that hold a module in their closure or defaults: deepcopy would go on calling that module."""
+    for name, module in original.named_modules():
+        if is_compiled(module):  # makes its function anew
+            continue
+        for function in chain(vars(module).values(), hooks(module)):
+            if not isinstance(function, FunctionType):
+                continue
+            for value in _captured(function):
+                owner = value.__self__ if isinstance(value, MethodType) else value
+                if isinstance(owner, nn.Module):
+                    raise ValueError(
+                        f"teacher cannot be deep-copied: {function.__qualname__} of {name or _name(module)} refers to "
+                        f"a {_name(owner)}, which would stay shared and unfrozen. {SHARE_IT}"
+                    )
+
+
+def _check_copy(original: nn.Module, frozen: nn.Module) -> None:
+    """Refuse a copy that shares tensors with the original, or that lost modules or hooks."""
+    own = {id(tensor) for _, tensor in _tensors(original)}
+    shared = [name for name, tensor in _tensors(frozen) if id(tensor) in own]
+    if frozen is original or shared:
+        raise ValueError(f"teacher cannot be deep-copied: its copy shares {', '.join(shared) or 'all'}. {SHARE_IT}")
+    before, after = dict(original.named_modules()), dict(frozen.named_modules())
+    for name, module in before.items():
+        if name not in after or _count_hooks(module) != _count_hooks(after[name]):
+            lost = f"the hooks of {name or _name(module)}" if name in after else name
+            raise ValueError(f"teacher cannot be deep-copied: its copy loses {lost}. {SHARE_IT}")
+
+
+def _train_mode_call(module: fx.GraphModule) -> str | None:
+    """Return the first call of a graph that behaves as in train mode whatever ``module.training`` says, or None."""
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        normalized = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
+        arguments = node.kwargs if normalized is None else normalized.kwargs
+        # Dropout, BatchNorm, RReLU and recurrent layers; then InstanceNorm with statistics; then attention.
+        if (
+            arguments.get("train") is True
+            or arguments.get("training") is True
+            or (arguments.get("use_input_stats") is True and arguments.get("running_mean") is not None)
+            or (isinstance(rate := arguments.get("dropout_p"), float) and rate > 0)
+        ):
+            return str(node.target)
+    return None
+
+
+def _dtype_hint(teacher: nn.Module, x: Any) -> str | None:
+    """Describe how the dtype of ``x`` differs from all floating dtypes of the teacher, or return None."""
+    weights: list[Tensor] = [*teacher.parameters()] or [*teacher.buffers()]
+    dtypes = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
+    if not isinstance(x, Tensor) or not dtypes or x.dtype in dtypes:
+        return None
+    has = ", ".join(sorted(map(str, dtypes))).replace("torch.", "")
+    return f"x is {str(x.dtype).removeprefix('torch.')}, the teacher has {has}: cast x, or use autocast"
+
+
+def _captured(function: FunctionType) -> Iterator[Any]:
+    """Yield what a function holds: its default arguments and the variables of its closure."""
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def _count_hooks(module: nn.Module) -> int:
+    """Count the hooks of a module without those of torch.export, which its modules' copies replace by guards."""
+    return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__

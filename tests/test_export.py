@@ -1,0 +1,69 @@
+"""A module that holds the loss can be exported, and its gradient is the eager one."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cktat_loss import CKTATLoss, functional
+
+
+class Training(nn.Module):
+    """A module with the loss inside, and a second loss without us, so that a gradient that is lost goes unnoticed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.head, self.kind = nn.Linear(4, 3), kind
+        self.criterion = CKTATLoss(
+            nn.Linear(4, 3), 0.7, 5.3, adaptive=kind == "adaptive", detach_clean=kind == "detach"
+        )
+
+    def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        clean, adv = self.head(x), self.head(x_adv)
+        others = clean.square().mean()
+        if self.kind == "terms":
+            guidance, consistency = self.criterion.terms(clean, adv, x)
+            return others + (guidance + 2 * consistency).sum()
+        if self.kind == "both":
+            loss, terms = self.criterion(clean, adv, x, return_terms=True)
+            return others + loss * terms.guidance.mean()
+        return others + self.criterion(clean, adv, x, y=y if self.kind == "adaptive" else None)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["loss", "adaptive", "detach", "terms", "both"])
+def test_the_gradient_of_an_exported_module(kind: str, strict: bool) -> None:
+    module = Training(kind)
+    batch = torch.randn(16, 4), torch.randn(16, 4), torch.randint(3, (16,))
+    expected = torch.autograd.grad(module(*batch), [*module.head.parameters()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export's own
+        exported = torch.export.export(module, batch, strict=strict).module()
+    parameters = dict(exported.named_parameters())
+    gradients = torch.autograd.grad(exported(*batch), [parameters[f"head.{name}"] for name in ("weight", "bias")])
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("call", [functional.cktat_loss, lambda *args: sum(functional.cktat_terms(*args)).sum()])
+@pytest.mark.parametrize(
+    "pick",
+    [
+        pytest.param(lambda r, other: (r, r, r), id="all three"),
+        pytest.param(lambda r, other: (r, r, other), id="clean and adv"),
+        pytest.param(lambda r, other: (r, other, r), id="clean and teacher"),
+        pytest.param(lambda r, other: (other, r, r), id="adv and teacher"),
+        pytest.param(lambda r, other: (r, r.view_as(r), r.detach()), id="views"),
+    ],
+)
+def test_one_tensor_as_several_of_the_logits_compiles(pick, call) -> None:
+    torch.compiler.reset()
+    r, other = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5)
+
+    def loss(r: Tensor, other: Tensor) -> Tensor:
+        return call(*pick(r, other))
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected, actual = loss(r, other), compiled(r, other)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, r), torch.autograd.grad(expected, r))
