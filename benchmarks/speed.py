@@ -46,6 +46,7 @@ COMPILED_AT = (10, 100, 1000, 21841)  # numbers of classes: each takes seconds t
 LAUNCHES_AT = ((128, 10), (1024, 1000), (128, 21841))
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 30  # on a GPU, a reading costs 90 us for overwriting the L2 cache
 SECONDS = 10.0  # after which a problem gets no further round
+AHEAD = 60.0  # seconds for compiling in parallel
 SHORTEST = 0.005  # seconds that a reading of the CPU's clock should span; shorter calls are repeated
 CYCLES = 2e9  # per second, at least as many as a GPU makes
 Call = Callable[[], object]
@@ -295,11 +296,12 @@ def compile_ahead(problems: Sequence[tuple[int, int, str]], compiling: bool) -> 
     began = time.monotonic()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     workers = max(1, min(8, (os.cpu_count() or 2) - 1, len(problems)))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            deque(pool.map(partial(compile_one, compiling), problems))
+        deque(pool.map(partial(compile_one, compiling), problems, timeout=AHEAD))
     except Exception as error:  # measure() will meet it again, and compile what is missing
-        print(f"compiling in parallel failed: {error}", flush=True)
+        print(f"compiling in parallel ended early: {error!r}", flush=True)
+    pool.shutdown(wait=False, cancel_futures=True)
     print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
 
 

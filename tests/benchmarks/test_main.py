@@ -50,6 +50,8 @@ def test_the_parts_of_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             if part.command[0] != "pytest":
                 assert part.command[1:5] == ("--device", device, "--out", str(tmp_path))
                 assert ("--no-compile" in part.command) == (part.title != "A training step")
+        compiling = ["--no-compile" not in part.command for part in driver.parts(device, tmp_path, compiling=True)]
+        assert compiling == {"cpu": [True, True, True], "cuda": [True, True, False, True]}[device], "not for accuracy"
 
 
 def test_the_command_of_the_gpu_tests_is_one_that_pytest_knows() -> None:

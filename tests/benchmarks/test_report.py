@@ -107,6 +107,17 @@ def test_a_devices_report_and_pictures(tmp_path: Path, monkeypatch: pytest.Monke
         assert 5_000 < path.stat().st_size < 200_000
 
 
+def test_a_report_of_what_was_measured_when_the_time_was_up(tmp_path: Path) -> None:
+    """A part that is stopped leaves a CSV of its first rows."""
+    machine.write(tmp_path / "speed-a.csv", gpu_rows()[2:3])
+    rows = [row for row in machine.read(machine.RESULTS / "accuracy-cpu.csv") if row["case"] == "ordinary"]
+    machine.write(tmp_path / "accuracy-a.csv", [{k: v for k, v in row.items() if k != "true_kl"} for row in rows])
+    text = report.of_device(tmp_path, "a")
+    assert "| ordinary: loss |" in text
+    assert "| 2 × 1000, float32 | 10 |" in text
+    assert not (tmp_path / "accuracy-a.png").exists()
+
+
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     machine.write(tmp_path / "new" / "a.csv", [{"a": 1.23456, "b": "x, y"}, {"c": 2}])
     assert machine.read(tmp_path / "new" / "a.csv") == [
