@@ -10,7 +10,7 @@ from tests import oracle
 pytestmark = pytest.mark.kernels
 
 TAU, BETA = 0.7, 5.3
-SHAPES = [(5, 10), (40, 17), pytest.param((40, 1000), marks=pytest.mark.slow_in_the_interpreter)]
+SHAPES = [(5, 10), (40, 17), pytest.param((40, 1000), marks=pytest.mark.not_on("interpreter"))]
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -166,7 +166,6 @@ def loss_of(clean: Tensor, adv: Tensor, teacher: Tensor, beta: Tensor, y: Tensor
 
 
 @INPUTS
-@pytest.mark.slow_on_a_gpu  # where CPU tensors have gone to the GPU
 def test_a_change_in_place_before_backward_is_noticed(which: str) -> None:
     """Also of what the backward pass may have no more use for."""
     inputs = all_inputs()
@@ -177,7 +176,6 @@ def test_a_change_in_place_before_backward_is_noticed(which: str) -> None:
         loss.backward()
 
 
-@pytest.mark.slow_on_a_gpu
 @pytest.mark.parametrize("which", ["clean", "teacher", "beta", "y", "clean teacher beta y"])
 def test_inference_tensors_simply_work(which: str) -> None:
     """Such as a teacher's logits, cached under inference_mode; and the other inputs are guarded all the same."""

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cktat_loss import CKTATLoss, _autograd, functional, kernels
 from tests import oracle
 
-pytest.importorskip("triton", reason="needs Triton")
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
+launch = pytest.importorskip("cktat_loss.kernels.launch", reason="needs Triton")
+pytestmark = [pytest.mark.kernels, pytest.mark.not_on("torch", "gpu")]
 
 TAU, BETA = 0.7, 5.3
 FAMILIES = pytest.mark.parametrize("shape", [(128, 10), (300, 10), (3, 5003)], ids=["one program", "rows", "streaming"])
@@ -136,7 +136,7 @@ def test_a_launch_forward_and_one_backward(
         loss = functional.cktat_loss(clean, adv, teacher, TAU, weights, backend="triton", **asked)
         loss = loss[0] if options == "return_terms" else loss
         torch.autograd.grad(loss, adv if options == "detach_clean" else (clean, adv), scale)
-    assert launches == ["streaming_kernel" if shape[1] > 4096 else "rows_kernel"] * 2
+    assert launches == ["streaming_kernel" if shape[1] > launch.ROWS_UP_TO else "rows_kernel"] * 2
     looked_at = Counter({"min": 1, "max": 1, "_local_scalar_dense": 2}) if options == "y" else Counter()
     assert seen - looked_at == Counter(sum=int(shape != (128, 10)))
 
@@ -238,8 +238,7 @@ def test_float16_logits_that_need_no_gradient_make_nobody_wait() -> None:
     assert [d is None for d in held(loss_of(clean, adv.detach().half(), teacher))] == [False, True]
 
 
-def test_marked_tests_run_here_too(deselected: list[pytest.Item]) -> None:
-    """None is left out of this run but by another mark of its own."""
-    others = {"torch_only", "slow_in_the_interpreter"}
-    marks = {item.nodeid: {mark.name for mark in item.iter_markers()} for item in deselected}
-    assert [name for name, own in marks.items() if "kernels" in own and not own & others] == []
+def test_marked_tests_reach_the_kernels(launches: list[str]) -> None:
+    """``backends.use`` sends the loss of CPU tensors to the kernels."""
+    functional.cktat_loss(*logits()).backward()
+    assert launches == ["rows_kernel"] * 2
