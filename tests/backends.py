@@ -4,6 +4,7 @@ import functools
 import os
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,13 +21,9 @@ def use(name: str) -> None:
         return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by deterministic algorithms on a GPU
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN, which shows what is never written
-    backend: Any = kernels
-    if name == "gpu":
-        functions = ("loss_forward", "loss_backward", "terms_forward", "terms_backward")
-        backend = SimpleNamespace(**{function: _on_gpu(getattr(kernels, function)) for function in functions})
-    else:
-        _patch_language_once()
-    choose = _autograd.choose
+    wrap, choose = {"interpreter": _in_interpreter, "gpu": _on_gpu}[name], _autograd.choose
+    functions = ("loss_forward", "loss_backward", "terms_forward", "terms_backward")
+    backend = SimpleNamespace(**{function: wrap(getattr(kernels, function)) for function in functions})
 
     @functools.wraps(choose)
     def choose_kernels(asked: str, *logits: Tensor) -> Any:
@@ -36,20 +33,27 @@ def use(name: str) -> None:
     _autograd.choose = choose_kernels
 
 
-def _patch_language_once() -> None:
-    """Save most of the interpreter's time: it patches triton.language before every call of every function."""
-    from triton import language
+def _in_interpreter(function: Any) -> Any:
+    """Wrap a function of the kernels to save most of the interpreter's time.
+
+    A program gets at least 64 rows. The language is patched once, not before every call of every function in a kernel.
+    """
     from triton.runtime import interpreter
 
-    from cktat_loss.kernels.rows import rows_kernel
+    from cktat_loss.kernels import launch, rows
 
-    for function in (rows_kernel, language.sum):
-        interpreter._patch_lang(function.fn)
+    def tall(*args: Any, tile: Any = launch.rows_tile) -> Any:
+        return tile(*args)._replace(rows=max(64, tile(*args).rows))
+
+    patches = {"rows_tile": tall, "find_plan": launch.find_plan.__wrapped__}  # plans of other tiles are cached
+    interpreter._patch_lang(rows.rows_kernel.fn)
+    interpreter._patch_lang(rows.tl.sum.fn)
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
+    return lambda *args: patch.multiple(launch, **patches)(function)(*args)
 
 
 def _on_gpu(function: Any) -> Any:
-    """Wrap a function of a backend: its arguments go to the GPU, and its results return to the CPU."""
+    """Wrap a function of the kernels: its arguments go to the GPU, and its results return to the CPU."""
     return lambda *args: tree_map_only(Tensor, Tensor.cpu, function(*tree_map_only(Tensor, _to_gpu, args)))
 
 
