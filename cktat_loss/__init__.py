@@ -13,7 +13,7 @@ from cktat_loss._warm_start import WarmStartReport, warm_start
 from cktat_loss.functional import CKTATTerms, adaptive_beta
 from cktat_loss.loss import CKTATLoss
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "CKTATLoss",

@@ -1,7 +1,7 @@
-"""Checks of arguments: each names the argument, what came and what was wanted, and changes nothing.
+"""Checks of arguments. An error names the argument, what came and what was wanted.
 
-They compare and never convert to a Python number what a traced graph holds as a symbol, so that a tau or beta that
-changes during training recompiles at most once. Tensors' values are never looked at: that would wait for the device.
+The checks keep tau and beta symbolic under torch.compile, so that changing them recompiles at most once. Values of
+tensors are not read, because that would wait for the device. The one exception is labels on an eager CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HALF_OF_THE_SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-150, (2 - 2.0**-23) * 2.0*
 
 
 def tau(value: float) -> float:
-    """A temperature, as a float."""
+    """Return the temperature as a float. Raise unless it is a finite number > 0 in float32."""
     value = number("tau", value)
     if not HALF_OF_THE_SMALLEST_FLOAT32 < value <= LARGEST_FLOAT32:
         raise ValueError(f"tau must be finite, > 0 and not 0 in float32, got {value}")
@@ -30,7 +30,7 @@ def tau(value: float) -> float:
 
 
 def beta(value: float) -> float:
-    """A weight of the consistency term, as a float."""
+    """Return the weight of the consistency term as a float. Raise unless it is a finite number >= 0 in float32."""
     value = number("beta", value)
     if not 0 <= value <= LARGEST_FLOAT32:
         raise ValueError(f"beta must be finite and >= 0, got {value}")
@@ -44,7 +44,7 @@ def reduction(value: str) -> str:
 
 
 def backend(value: str, *logits: Tensor) -> str:
-    """A known backend that, where it insists on Triton, can serve all of ``logits``."""
+    """Return the backend's name. Raise if it is unknown, or "triton" and the kernels do not support the logits."""
     choice("backend", value, ("auto", "triton", "torch"))
     if value != "triton":
         return value
@@ -122,32 +122,35 @@ def dense(name: str, x: Tensor, shape: str) -> None:
         raise TypeError(f"{name} must be a dense tensor {shape}, got {describe(x)}")
 
 
-def labels(y: Tensor, of: Tensor) -> None:
-    """Integer (N,), for the logits ``of``."""
+def labels(y: Tensor, logits: Tensor) -> None:
+    """Check labels: integer, (N,), on the device of ``logits``. Their range is checked on an eager CPU only."""
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor of labels (N,), got {describe(y)}")
     if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"y must be an integer tensor, got {describe(y)}")
     dense("y", y, "(N,)")
-    if y.shape != of.shape[:1]:
-        raise ValueError(f"y must have shape ({of.shape[0]},), a label for each sample, got {describe(y)}")
-    if y.device != of.device:
-        raise ValueError(f"y must be on the device of adv_logits, {of.device}, got {describe(y)}")
-    combinable("y", y, "adv_logits", of)
-    if any(getattr(placement, "dim", None) == 1 for placement in getattr(of, "placements", ())):
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y must have shape ({logits.shape[0]},), a label for each sample, got {describe(y)}")
+    if y.device != logits.device:
+        raise ValueError(f"y must be on the device of adv_logits, {logits.device}, got {describe(y)}")
+    combinable("y", y, "adv_logits", logits)
+    if any(getattr(placement, "dim", None) == 1 for placement in getattr(logits, "placements", ())):
         raise TypeError(
             "y cannot be used with adv_logits that are sharded over classes: redistribute them over samples"
         )
-    # Looking costs nothing on an eager CPU only; elsewhere such a label gives NaN.
+    # Reading labels is free on an eager CPU. Elsewhere a label out of range gives NaN for its sample.
     if y.device.type == "cpu" and type(y) is Tensor and y.numel() and not is_traced():
         lowest, highest = y.min().item(), y.max().item()
-        if lowest < 0 or highest >= of.shape[1]:
+        if lowest < 0 or highest >= logits.shape[1]:
             found = lowest if lowest < 0 else highest
-            raise ValueError(f"y must hold labels from 0 to {of.shape[1] - 1}, got {found}")
+            raise ValueError(f"y must hold labels from 0 to {logits.shape[1] - 1}, got {found}")
 
 
-def sample_beta(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> float | Tensor:
-    """beta: a number >= 0, or without labels a floating tensor, 0-d or (N,), that takes no gradient."""
+def sample_beta(value: float | Tensor, logits: Tensor, y: Tensor | None = None) -> float | Tensor:
+    """Return beta: a number >= 0, or a floating tensor, () or (N,), that does not require grad.
+
+    With labels only a number is accepted.
+    """
     if not isinstance(value, Tensor):
         return beta(value)
     if y is not None:
@@ -155,10 +158,10 @@ def sample_beta(value: float | Tensor, of: Tensor, y: Tensor | None = None) -> f
     if value.dtype not in DTYPES:
         raise TypeError(f"beta must be a number or a floating tensor, got {describe(value)}")
     dense("beta", value, "() or (N,)")
-    if value.device != of.device:
-        raise ValueError(f"beta must be on the device of the logits, {of.device}, got {describe(value)}")
-    combinable("beta", value, "the logits", of)
-    n = of.shape[0]
+    if value.device != logits.device:
+        raise ValueError(f"beta must be on the device of the logits, {logits.device}, got {describe(value)}")
+    combinable("beta", value, "the logits", logits)
+    n = logits.shape[0]
     if value.ndim > 0 and value.shape != (n,):
         raise ValueError(
             f"beta must be a number or have shape () or ({n},), a weight for each sample, got {describe(value)}"
@@ -175,7 +178,10 @@ def flag(name: str, value: bool) -> bool:
 
 
 def describe(value: object) -> str:
-    """What came, for an error message: a tensor by shape, dtype and device, a plain value by itself, all by type."""
+    """Describe a value for an error message.
+
+    A tensor is described by shape, dtype and device, a number or string by its repr, anything else by its type.
+    """
     if isinstance(value, Tensor):
         kind = "nested tensor" if value.is_nested else "tensor"
         shape = "" if value.is_nested else f" of shape {tuple(value.shape)}"
@@ -184,6 +190,6 @@ def describe(value: object) -> str:
     if isinstance(value, (str, bool, int, float, Real, type(None))):
         return f"{value!r} ({type(value).__name__})"
     name = type(value).__name__
-    if hasattr(builtins, name):  # numpy.bool is not bool
+    if hasattr(builtins, name):  # name numpy.bool in full, because bool is another type
         name = f"{type(value).__module__}.{name}".removeprefix("builtins.")
     return f"a {name}"

@@ -56,47 +56,48 @@ def cktat_loss(
     return_terms: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, CKTATTerms]:
-    r"""The CKTAT loss, Eq. 17 of arXiv 2504.00038, from logits.
+    r"""Compute the CKTAT loss, Eq. 17 of arXiv 2504.00038, from logits.
 
     $$
     L_i = \mathrm{KL}(\mathrm{softmax}(t_i / \tau) \,\|\, \mathrm{softmax}(a_i))
         + \beta_i \, \mathrm{KL}(\mathrm{softmax}(c_i) \,\|\, \mathrm{softmax}(a_i))
     $$
 
-    with ``t`` the teacher's logits on the clean input, ``c`` and ``a`` the student's on the clean and the adversarial
-    input. The first term is the guidance, the second the consistency (the TRADES term).
+    ``t`` are the teacher's logits on the clean input, ``c`` and ``a`` the student's logits on the clean and on the
+    adversarial input. The first term is the guidance, the second the consistency (the TRADES term).
 
     Args:
-        clean_logits: student on clean inputs, ``S(x)``. Gradients flow unless ``detach_clean``.
-        adv_logits: student on adversarial inputs, ``S(x')``. Gradients flow.
-        teacher_logits: clean teacher on clean inputs, ``T(x)``, undivided. Detached.
-        tau: temperature, > 0; divides the teacher's logits only. The paper's best on CIFAR-10 is 5.
-        beta: weight of the consistency term, >= 0; or a floating tensor, 0-d or (N,), of weights, one for each sample.
-            A tensor's values are never looked at, and no gradient flows to it.
-        y: labels (N,), integer. They make the weight of each sample ``beta * softmax(a_i)[y_i]``, through which no
-            gradient flows: our recipe, see ``adaptive_beta``. ``beta`` is a number then. Where looking would wait for
-            a device or stop a compiler, a label that is no class gives NaN for its sample.
+        clean_logits: the student's logits on clean inputs, ``S(x)``, (N, C). They get a gradient unless
+            ``detach_clean``.
+        adv_logits: the student's logits on adversarial inputs, ``S(x')``, (N, C). They get a gradient.
+        teacher_logits: the teacher's logits on clean inputs, ``T(x)``, (N, C), not divided by tau. They are detached.
+        tau: the temperature, > 0. It divides the teacher's logits only. The paper's best on CIFAR-10 is 5.
+        beta: the weight of the consistency term, a number >= 0, or a floating tensor, () or (N,). A tensor must not
+            require grad, and its values are not checked.
+        y: labels, (N,), integer. The weight of each sample is then ``beta * softmax(a_i)[y_i]``, without a gradient, and
+            ``beta`` must be a number. This is our recipe, see ``adaptive_beta``. On an eager CPU a label out of range
+            is an error. On a GPU or under torch.compile it gives NaN for its sample.
         reduction: "mean" over the batch (torch's "batchmean"), "sum", or "none".
-        detach_clean: stop the gradient through ``clean_logits``. Not the paper's form, but often needed: without an
-            anchor on clean inputs, a large beta can pull the student to a constant prediction.
-        return_terms: return both terms too, detached, from the same pass: for a log.
-        backend: "auto" takes the Triton kernels where they can run and PyTorch elsewhere; "triton" and "torch" insist
-            on one. Under torch.compile and torch.func all are plain ops.
+        detach_clean: stop the gradient through ``clean_logits``. This is not the paper's form, but it is often needed:
+            nothing anchors the clean predictions, so a large beta can pull the student to a constant prediction.
+        return_terms: also return both terms, detached, for logging. They come from the same pass.
+        backend: "auto" uses the Triton kernels if they support the logits, else PyTorch. "triton" and "torch" insist on
+            one. Under torch.compile, torch.export and torch.func every choice runs as PyTorch operations.
 
     Shape:
-        All logits (N, C) with C >= 1, in float16, bfloat16, float32 or float64, mixed as autocast makes them. An empty
-        batch gives NaN for "mean" and 0 for "sum", as in torch. A logit of -inf masks its class; if it does in the
-        adversarial logits alone, the loss is infinite, or NaN where the sample's weight is 0.
+        All logits are (N, C) with C >= 1, in float16, bfloat16, float32 or float64. The three dtypes may differ. An
+        empty batch gives NaN for "mean" and 0 for "sum", as in torch. A logit of -inf masks its class. If a class is
+        masked in the adversarial logits alone, the loss is infinite, or NaN if the sample's weight is 0.
 
     Returns:
-        A scalar, or (N,) for "none": float32, or float64 where any of the logits is. Gradients have the dtype of
-        their logits, cast after all scaling. With ``return_terms`` the pair of that and
+        The loss, () or (N,) for "none", in float32, or in float64 if any of the logits are. Each gradient has its
+        logits' dtype and is cast after all scaling. With ``return_terms``, the pair of the loss and
         ``CKTATTerms(guidance, consistency)``, each (N,).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value; on an eager CPU a label that is no class.
-        RuntimeError: ``backend="triton"`` where it cannot run.
+        ValueError: a wrong shape, device or value. On an eager CPU, a label out of range.
+        RuntimeError: ``backend="triton"`` if the kernels cannot run.
 
     Examples:
         >>> import torch
@@ -130,12 +131,12 @@ def cktat_terms(
     detach_clean: bool = False,
     backend: BackendName = "auto",
 ) -> CKTATTerms:
-    """The two terms of ``cktat_loss``, a value for each sample, before beta and the reduction.
+    """Compute the two KL terms of Eq. 17 per sample, with gradients, for a loss of your own.
 
-    Args, Shape and Raises: as for ``cktat_loss``.
+    Args, Shape and Raises are those of ``cktat_loss``.
 
     Returns:
-        ``CKTATTerms(guidance, consistency)``, each (N,), with gradients.
+        ``CKTATTerms(guidance, consistency)``, each (N,), before beta and the reduction.
 
     Examples:
         >>> import torch
@@ -153,24 +154,23 @@ def cktat_terms(
 
 
 def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
-    """Sample weights for the consistency term: ``beta * softmax(S(x'))[y]``.
+    """Return sample weights for the consistency term, ``beta * softmax(S(x'))[y]``.
 
-    A sample whose attack succeeds has little probability left on its label, and so little weight: consistency is asked
-    for only where the adversarial prediction deserves it. This is our recipe, not the paper's; use it with
-    ``detach_clean=True``.
+    If an attack succeeds, little probability is left on the label, and the sample gets little weight. This is our recipe,
+    not the paper's. Use it with ``detach_clean=True`` and ``tau=2``.
 
     Args:
-        adv_logits: student on adversarial inputs, (N, C), floating.
-        y: labels, (N,), integer, in [0, C). Where looking would wait for a device or stop a compiler, another value
-            gives NaN for its sample.
+        adv_logits: the student's logits on adversarial inputs, (N, C), floating.
+        y: labels, (N,), integer, in [0, C). On an eager CPU a label out of range is an error. On a GPU or under
+            torch.compile it gives NaN for its sample.
         beta: the largest weight, finite and >= 0.
 
     Returns:
-        (N,), detached: float32, or float64 for float64 logits.
+        The weights, (N,), detached, in float32, or in float64 for float64 logits.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value; on an eager CPU a label that is no class.
+        ValueError: a wrong shape, device or value. On an eager CPU, a label out of range.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The criterion: the loss together with the frozen teacher."""
+"""The criterion: the loss with its frozen teacher."""
 
 from __future__ import annotations
 
@@ -12,43 +12,48 @@ from cktat_loss.functional import BackendName, CKTATTerms, Reduction
 
 
 class CKTATLoss(nn.Module):
-    r"""Clean-teacher guidance plus consistency: the loss of CKTAT, Eq. 17 of arXiv 2504.00038.
+    r"""Guidance by a clean teacher plus consistency: the loss of CKTAT, Eq. 17 of arXiv 2504.00038.
 
     $$
-    L = \frac{1}{N} \sum_i \mathrm{KL}(\mathrm{softmax}(T(x_i) / \tau) \,\|\, \mathrm{softmax}(S(x_i')))
-        + \beta_i \, \mathrm{KL}(\mathrm{softmax}(S(x_i)) \,\|\, \mathrm{softmax}(S(x_i')))
+    L = \frac{1}{N} \sum_i \left[ \mathrm{KL}(\mathrm{softmax}(T(x_i) / \tau) \,\|\, \mathrm{softmax}(S(x_i')))
+        + \beta \, \mathrm{KL}(\mathrm{softmax}(S(x_i)) \,\|\, \mathrm{softmax}(S(x_i'))) \right]
     $$
 
-    The criterion takes logits and touches neither the student nor the optimizer. Its teacher is frozen: a deep copy
-    made here, run in eval mode and without gradients whatever happens to the original or to ``criterion.train()``. It
-    is not among the criterion's parameters, buffers or state_dict, and moves with ``criterion.to(...)``.
+    The criterion takes logits. It changes neither the student nor the optimizer.
 
-    So a module that holds both the teacher and its criterion restores the teacher by ``load_state_dict``, but not the
-    criterion's copy of it. Load the teacher's weights first and make the criterion then.
+    The teacher is frozen: the criterion makes a deep copy, and runs the copy in eval mode and without gradients. Neither
+    training the original nor ``criterion.train()`` changes it. The copy is not among the criterion's parameters, buffers
+    or state_dict, but ``criterion.to(...)`` moves it. The loss with ``x`` is the loss with
+    ``teacher_logits=teacher(x)``, and ``x`` is passed to the teacher as it is.
+
+    The criterion's state_dict does not hold the teacher. If a module holds both the teacher and the criterion,
+    ``load_state_dict`` restores the teacher but not the criterion's copy. Load the teacher's weights first and make the
+    criterion then.
 
     Args:
-        teacher: the clean model ``T``, any module from inputs to logits (N, C); wrappers (DDP, DataParallel,
-            torch.compile, AveragedModel) are taken off. None if every call passes ``teacher_logits``.
-        tau: temperature, > 0; divides the teacher's logits only. Can be assigned during training.
-        beta: weight of the consistency term, finite, >= 0. Can be assigned during training.
-        adaptive: weigh each sample by ``beta * softmax(S(x'))[y]``, with ``y`` in every call. Our recipe, not the
-            paper's: use it with ``detach_clean=True`` and tau 2 (see ``adaptive_beta``).
+        teacher: the clean model ``T``, any module from inputs to logits, (N, C). Wrappers without hooks (DDP,
+            DataParallel, torch.compile, AveragedModel) are taken off before copying. TorchScript is refused. None if
+            every call passes ``teacher_logits``.
+        tau: the temperature, > 0. It divides the teacher's logits only. Can be assigned during training.
+        beta: the weight of the consistency term, finite and >= 0. Can be assigned during training.
+        adaptive: multiply beta by ``softmax(S(x'))[y]`` per sample. Every call then needs ``y``. This is our recipe, not
+            the paper's: use it with ``detach_clean=True`` and ``tau=2``.
         reduction: "mean" over the batch, "sum", or "none".
         detach_clean: stop the gradient through the clean logits (see the README on collapse).
-        copy_teacher: False shares the teacher as passed, for compiled, sharded or very large ones. Then do not train
-            it, change it in place or pass the student itself: the criterion sees every change. ``criterion.to(...)``
-            moves the shared object. Pass it in eval mode: of one in train mode each call switches the mode and puts
-            it back, which is not safe from several threads.
+        copy_teacher: False shares the teacher object, for compiled, sharded or very large ones. The criterion then sees
+            every change: do not train the teacher, change it in place or pass the student itself.
+            ``criterion.to(...)`` moves the shared object. Pass it in eval mode. If it is in train mode, every call
+            switches it to eval mode and back, which is not thread-safe.
         backend: "auto", "triton" or "torch".
 
     Shape:
         clean_logits, adv_logits, teacher_logits: (N, C), floating. x: whatever the teacher takes. y: (N,), integer.
-        Loss: a scalar, or (N,) for "none"; float32, or float64 where any logits are.
+        Loss: (), or (N,) for "none", in float32, or in float64 if any of the logits are.
 
     Raises:
-        TypeError: an argument of the wrong type; the message names it, what came and what was wanted.
-        ValueError: a wrong value, likewise.
-        RuntimeError: ``backend="triton"`` where it cannot run.
+        TypeError: an argument of the wrong type. The message names it, what came and what was wanted.
+        ValueError: a wrong value, or a teacher that cannot be copied or would not be frozen.
+        RuntimeError: ``backend="triton"`` if the kernels cannot run.
 
     Examples:
         >>> import torch
@@ -89,16 +94,16 @@ class CKTATLoss(nn.Module):
         copied = _checks.flag("copy_teacher", copy_teacher)
         if teacher is not None:
             teacher = _teacher.freeze(teacher, copied=copied)
-        # Past nn.Module's own bookkeeping: what it registers, it trains, saves and counts as parameters.
+        # Bypass nn.Module.__setattr__: a registered submodule would be trained, saved and counted as parameters.
         self.__dict__["_teacher"] = teacher
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The frozen teacher: the copy, or with ``copy_teacher=False`` the object that was passed."""
+        """The frozen teacher: the copy, or the object that was passed if ``copy_teacher=False``."""
         return self.__dict__["_teacher"]  # type: ignore[no-any-return]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Here, since nn.Module would take a module or a parameter for a child to train before anyone could refuse it.
+        # Validate before nn.Module.__setattr__, which would register a Module or Parameter as a trainable child.
         if name == "teacher":
             raise AttributeError("teacher cannot be assigned: make a new criterion")
         if name in ("adaptive", "detach_clean"):
@@ -118,23 +123,22 @@ class CKTATLoss(nn.Module):
         beta: float | Tensor | None = None,
         return_terms: bool = False,
     ) -> Tensor | tuple[Tensor, CKTATTerms]:
-        """The loss of a batch.
+        """Compute the loss of a batch. Pass exactly one of ``x`` and ``teacher_logits``.
 
         Args:
-            clean_logits: student on clean inputs, (N, C).
-            adv_logits: student on adversarial inputs, (N, C).
-            x: the clean inputs, on which the teacher is run. Either this,
-            teacher_logits: or the teacher's logits on them, (N, C), undivided by tau; detached.
-            y: labels, (N,), integer: with ``adaptive=True``, and only then.
-            beta: this call's beta, in place of the criterion's: a number or, unless adaptive, a tensor of weights,
-                0-d or (N,).
-            return_terms: return the pair ``(loss, CKTATTerms(guidance, consistency))``; the terms are (N,), detached.
+            clean_logits: the student's logits on clean inputs, (N, C).
+            adv_logits: the student's logits on adversarial inputs, (N, C).
+            x: the clean inputs. The teacher is run on them.
+            teacher_logits: the teacher's logits on the clean inputs, (N, C), not divided by tau. They are detached.
+            y: labels, (N,), integer. Required with ``adaptive=True``, an error without.
+            beta: replaces the criterion's beta in this call: a number, or a tensor, () or (N,), unless adaptive.
+            return_terms: return the pair ``(loss, CKTATTerms(guidance, consistency))``. The terms are (N,), detached.
         """
         if self.adaptive and y is None:
             raise ValueError("y must be given in every call of a criterion with adaptive=True, got None")
         if y is not None and not self.adaptive:
             raise ValueError(f"y must be None unless the criterion has adaptive=True, got {_checks.describe(y)}")
-        return functional.cktat_loss(  # type: ignore[call-overload,no-any-return]  # knows no plain bool
+        return functional.cktat_loss(  # type: ignore[call-overload,no-any-return]  # overloads take literal bools
             clean_logits,
             adv_logits,
             self._teacher_logits(x, teacher_logits),
@@ -150,13 +154,13 @@ class CKTATLoss(nn.Module):
     def terms(
         self, clean_logits: Tensor, adv_logits: Tensor, x: Any = None, *, teacher_logits: Tensor | None = None
     ) -> CKTATTerms:
-        """``CKTATTerms(guidance, consistency)``, each (N,), with gradients, before beta and the reduction.
+        """Compute both terms, each (N,), with gradients, before beta and the reduction.
 
         Args:
-            clean_logits: student on clean inputs, (N, C).
-            adv_logits: student on adversarial inputs, (N, C).
-            x: the clean inputs, or
-            teacher_logits: the teacher's logits on them, (N, C).
+            clean_logits: the student's logits on clean inputs, (N, C).
+            adv_logits: the student's logits on adversarial inputs, (N, C).
+            x: the clean inputs. Pass exactly one of ``x`` and ``teacher_logits``.
+            teacher_logits: the teacher's logits on the clean inputs, (N, C).
         """
         return functional.cktat_terms(
             clean_logits,
