@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +157,30 @@ def test_bit_for_bit_the_same_again(shape: tuple[int, int]) -> None:
         loss = loss_of(*inputs)
         results.append((loss, *torch.autograd.grad(loss, inputs[:2])))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_the_hooks_of_a_profiler_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direct launch skips Triton's hooks only if nobody has set one."""
+    launched: list[str] = []
+
+    class Compiled:
+        function = packed_metadata = None
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args: launched.append("with hooks")
+
+        def run(self, *args: Any) -> None:
+            launched.append("without hooks")
+
+    plan = launch.Plan(None, 1, {}, {}, Compiled())
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
+    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    for enter, leave in ((None, None), (print, None), (None, print)):
+        monkeypatch.setattr(launch, "RUNTIME", SimpleNamespace(launch_enter_hook=enter, launch_exit_hook=leave))
+        plan.launch(1, True, 0)
+    monkeypatch.setattr(launch, "RUNTIME", None)  # a version of Triton that does not say
+    plan.launch(1, True, 0)
+    assert launched == ["without hooks", *["with hooks"] * 3]
 
 
 # What they leave in memory.
