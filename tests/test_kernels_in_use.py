@@ -251,8 +251,6 @@ def test_gradients_that_would_not_be_right_yet_wait_for_the_backward_pass(name: 
     clean, adv, teacher = logits()
     clean, adv = clean.detach().to(of_clean).requires_grad_(), adv.detach().to(of_adv).requires_grad_()
     assert held(loss_of(clean, adv, teacher, reduction=reduction)) == [None, None]
-    guidance, _ = functional.cktat_terms(*logits(), TAU, backend="triton")
-    assert held(guidance) == [None, None]
 
 
 def test_float16_logits_that_need_no_gradient_make_nobody_wait() -> None:

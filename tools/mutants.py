@@ -295,7 +295,8 @@ KERNELS = [
      f"{IN_USE}::test_gradients_that_would_not_be_right_yet_wait_for_the_backward_pass",
      "has_float16 or not is_reduced", "has_float16"),
     ("gradients of terms swapped", "launch:terms_backward",
-     "test_properties.py::test_any_upstream_gradients_of_the_terms", "Arguments(problem, UNWEIGHTED, _A, _B)", "Arguments(problem, UNWEIGHTED, _B, _A)"),
+     "test_properties.py::test_any_upstream_gradients_of_the_terms",
+     "Arguments(problem, UNWEIGHTED, _A, _B)", "Arguments(problem, UNWEIGHTED, _B, _A)"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*fields) for fields in TORCH] + [
