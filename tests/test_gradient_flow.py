@@ -20,7 +20,7 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 def summed(clean: Tensor, adv: Tensor, teacher: Tensor, **options: bool) -> Tensor:
-    return cktat_loss(clean, adv, teacher, TAU, BETA, reduction="sum", **options)  # type: ignore[arg-type]
+    return cktat_loss(clean, adv, teacher, TAU, BETA, reduction="sum", **options)
 
 
 def assert_gradient(actual: Tensor, true: oracle.Truth, of: str, scale: float = 1.0) -> None:
@@ -113,7 +113,7 @@ def test_an_undefined_upstream_gradient() -> None:
 
     clean, adv, teacher = logits(5, 10)
     for reduction in ("mean", "none"):
-        Ignores.apply(cktat_loss(clean, adv, teacher, TAU, BETA, reduction=reduction)).sum().backward()  # type: ignore[arg-type]
+        Ignores.apply(cktat_loss(clean, adv, teacher, TAU, BETA, reduction=reduction)).sum().backward()
         assert adv.grad is None or (adv.grad == 0).all()
 
 
@@ -124,7 +124,7 @@ def test_negative_views() -> None:
 
     def gradients(view: bool, **options: Tensor) -> tuple[Tensor, ...]:
         options = {name: torch._neg_view(-x) if view else x for name, x in options.items()}
-        rows = cktat_loss(clean, adv, teacher, TAU, reduction="none", **options)  # type: ignore[call-overload]
+        rows = cktat_loss(clean, adv, teacher, TAU, reduction="none", **options)
         return torch.autograd.grad(rows, (clean, adv), torch._neg_view(-upstream) if view else upstream)
 
     for options in ({"beta": beta}, {"y": y}):
@@ -187,7 +187,7 @@ def test_inference_tensors_simply_work(which: str) -> None:
     loss = loss_of(**inputs)
     torch.testing.assert_close(torch.autograd.grad(loss, adv, retain_graph=True), expected)
     terms = cktat_terms(inputs["clean"], adv, inputs["teacher"], TAU)
-    assert torch.autograd.grad(sum(terms).sum(), adv)[0].abs().sum() > 0  # type: ignore[union-attr]
+    assert torch.autograd.grad(sum(terms).sum(), adv)[0].abs().sum() > 0
     with torch.no_grad():
         adv.zero_()
     with pytest.raises(RuntimeError, match="inplace"):

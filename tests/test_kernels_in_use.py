@@ -34,16 +34,16 @@ def loss_of(*inputs: Tensor, **options: Any) -> Any:
 
 def held(loss: Tensor) -> list[Tensor | None]:
     """The gradients that the forward pass has made."""
-    return list(loss.grad_fn.precomputed)  # type: ignore[union-attr]
+    return list(loss.grad_fn.precomputed)
 
 
 # When.
 
 
 def test_on_cpu_tensors_by_name_alone(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_autograd, "choose", _autograd.choose.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(_autograd, "choose", _autograd.choose.__wrapped__)
     for backend in ("auto", "torch"):
-        functional.cktat_loss(*logits(), backend=backend).backward()  # type: ignore[arg-type]
+        functional.cktat_loss(*logits(), backend=backend).backward()
     assert launches == []
     clean, adv, teacher = logits()
     CKTATLoss(nn.Identity(), TAU, BETA, backend="triton")(clean, adv, teacher).backward()

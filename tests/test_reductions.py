@@ -36,7 +36,7 @@ def test_empty_batch(classes: int, dtype: torch.dtype) -> None:
     out = torch.float64 if dtype == torch.float64 else torch.float32
     for beta, y in ((6.0, None), (torch.ones(()), None), (torch.ones(0), None), (6.0, torch.empty(0).long())):
         for reduction in ("mean", "sum", "none"):
-            loss = cktat_loss(clean, adv, clean, 5.0, beta, y=y, reduction=reduction)  # type: ignore[arg-type]
+            loss = cktat_loss(clean, adv, clean, 5.0, beta, y=y, reduction=reduction)
             expected = {"mean": torch.tensor(torch.nan), "sum": torch.tensor(0.0), "none": torch.empty(0)}[reduction]
             torch.testing.assert_close(loss.detach(), expected.to(out), equal_nan=True)
             for gradient in torch.autograd.grad(loss.sum(), (clean, adv)):

@@ -212,7 +212,7 @@ def test_the_counter_sees_what_it_should() -> None:
     import triton.language as tl
 
     @triton.jit
-    def twice(x, n: tl.constexpr):  # type: ignore[no-untyped-def]
+    def twice(x, n: tl.constexpr):
         for _ in range(2):
             tl.store(x + tl.arange(0, n), 1.0)
 
