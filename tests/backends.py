@@ -12,8 +12,6 @@ from torch.utils._pytree import tree_map_only
 
 from cktat_loss import _autograd, kernels
 
-NAMES = ("torch", "interpreter", "gpu")
-
 
 def use(name: str) -> None:
     """Let ``_autograd.choose`` return the named backend for all CPU tensors that the Triton kernels can take."""
@@ -45,11 +43,11 @@ def _in_interpreter(function: Any) -> Any:
     def tall(*args: Any, tile: Any = launch.rows_tile) -> Any:
         return tile(*args)._replace(rows=max(64, tile(*args).rows))
 
-    patches = {"rows_tile": tall, "find_plan": launch.find_plan.__wrapped__}  # plans of other tiles are cached
     interpreter._patch_lang(rows.rows_kernel.fn)
     interpreter._patch_lang(rows.tl.sum.fn)
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
-    return lambda *args: patch.multiple(launch, **patches)(function)(*args)
+    # The plans of other tiles are cached.
+    return patch.multiple(launch, rows_tile=tall, find_plan=launch.find_plan.__wrapped__)(function)
 
 
 def _on_gpu(function: Any) -> Any:

@@ -15,18 +15,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests import backends
 
-# Examples per test. The interpreter takes milliseconds per program, and a GPU compiles every variant.
-for name, examples in {"torch": 60, "interpreter": 20, "gpu": 10}.items():
-    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-    settings.register_profile(name, derandomize=True, max_examples=examples, **unhurried)
+# The interpreter takes milliseconds per program, and a GPU compiles every variant.
+EXAMPLES = {"torch": 60, "interpreter": 20, "gpu": 10}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=backends.NAMES, default="torch", help="the backend that computes the loss")
+    parser.addoption("--backend", choices=[*EXAMPLES], default="torch", help="the backend that computes the loss")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.load_profile(config.option.backend)
+    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("run", derandomize=True, max_examples=EXAMPLES[config.option.backend], **unhurried)
+    settings.load_profile("run")
     if config.option.backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
         # NumPy warns about lanes outside the mask.
@@ -37,8 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     backend, chosen = config.option.backend, []
     for item in items:
         excluded = {name for mark in item.iter_markers("not_on") for name in mark.args}
-        if not excluded <= set(backends.NAMES):
-            raise pytest.UsageError(f"not_on takes {', '.join(backends.NAMES)}, got {excluded} at {item.nodeid}")
+        if not excluded <= EXAMPLES.keys():
+            raise pytest.UsageError(f"not_on takes {', '.join(EXAMPLES)}, got {excluded} at {item.nodeid}")
         if backend not in excluded and (backend == "torch" or item.get_closest_marker("kernels")):
             chosen.append(item)
         if backend == "gpu" and not torch.cuda.is_available():
@@ -63,13 +63,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are launched."""
     from cktat_loss.kernels.launch import Plan
 
-    names: list[str] = []
-    launch = Plan.launch
-
-    def counted(self: Any, *args: Any) -> None:
+    def counted(self: Any, *args: Any, launch: Any = Plan.launch) -> None:
         names.append(self.kernel.__name__)
         with _disable_current_modes():  # a dispatch mode must not see the interpreter's own operations
             launch(self, *args)
 
+    names: list[str] = []
     monkeypatch.setattr(Plan, "launch", counted)
     return names

@@ -16,10 +16,6 @@ from tests import oracle
 
 Result = tuple[Tensor, Tensor, Tensor]
 
-NOT_ON_KERNELS = pytest.mark.not_on("interpreter", "gpu")
-FLOAT64 = pytest.param(torch.float64, marks=NOT_ON_KERNELS)  # which the kernels do not support
-DTYPES = (FLOAT64, torch.float32, torch.float16, torch.bfloat16)
-
 
 class Variant(NamedTuple):
     run: Callable[..., Result]
@@ -47,13 +43,11 @@ def _loss(*args: Any, reduction: Any = "none") -> Tensor:
     return functional.cktat_loss(*args[:5], y=args[5] if len(args) > 5 else None, reduction=reduction)
 
 
-def _sum_of_terms(
-    clean: Tensor, adv: Tensor, teacher: Tensor, tau: float, beta: Any, y: Tensor | None = None
-) -> Tensor:
-    guidance, consistency = functional.cktat_terms(clean, adv, teacher, tau)
-    # Cast first: weights of float32 logits would be float32 even if other logits are float64.
-    weights = beta if y is None else adaptive_beta(adv.to(guidance.dtype), y, beta)
-    return guidance + (weights.to(guidance.dtype) if isinstance(weights, Tensor) else weights) * consistency
+def _sum_of_terms(*args: Any) -> Tensor:
+    (guidance, consistency), beta = functional.cktat_terms(*args[:4]), args[4]
+    if len(args) > 5:  # cast, because weights of float32 logits are float32 even if other logits are float64
+        beta = adaptive_beta(args[1].to(guidance.dtype), args[5], beta)
+    return guidance + (beta.to(guidance.dtype) if isinstance(beta, Tensor) else beta) * consistency
 
 
 def _rows(*args: Any) -> Result:
@@ -66,11 +60,6 @@ def _total(*args: Any) -> Result:
     total, *gradients = _differentiate(lambda *args: _loss(*args, reduction="sum"), *args)
     torch.testing.assert_close(total, rows.sum(), rtol=1e-5, atol=1e-9, equal_nan=True)
     return rows, *gradients
-
-
-def _plain_operations(*args: Any) -> Result:
-    with patch.object(_autograd, "choose", lambda *_: _plain):
-        return _rows(*args)
 
 
 def _transformed(clean: Tensor, adv: Tensor, *others: Any) -> Result:
@@ -89,30 +78,29 @@ def _streaming(*args: Any) -> Result:
 
     block, parts = 32 if args[0].shape[1] <= 330 else launch.STREAMING_BLOCK, []
     for some, run in ((slice(0, 3), _rows), (slice(3, 6), _total), (slice(6, None), _rows)):
-        with (
-            patch.object(launch, "STREAMING_BLOCK", block),
-            patch.object(launch, "ROWS_UP_TO", 0 if some.stop else launch.ROWS_UP_TO),
-            patch.object(launch, "find_plan", launch.find_plan.__wrapped__),  # plans of other sizes are cached
-        ):
+        limit = 0 if some.stop else launch.ROWS_UP_TO
+        find_plan = launch.find_plan.__wrapped__  # the plans of other sizes are cached
+        with patch.multiple(launch, STREAMING_BLOCK=block, ROWS_UP_TO=limit, find_plan=find_plan):
             parts.append(run(*(x[some] if isinstance(x, Tensor) and x.ndim else x for x in args)))
     rows, d_clean, d_adv = map(torch.cat, zip(*parts, strict=True))
     return rows, d_clean, d_adv
 
 
-rows, labelled, compiled, streaming = (
-    Variant(_rows),
-    Variant(_total, labelled=True),
-    Variant(_compiled),
-    Variant(_streaming),
-)
+NOT_ON_KERNELS, ON_KERNELS = pytest.mark.not_on("interpreter", "gpu"), pytest.mark.not_on("torch")
+FLOAT64 = pytest.param(torch.float64, marks=NOT_ON_KERNELS)  # which the kernels do not support
+DTYPES = (FLOAT64, torch.float32, torch.float16, torch.bfloat16)
+
+rows, labelled = Variant(_rows), Variant(_total, labelled=True)
+compiled, streaming = Variant(_compiled), Variant(_streaming)
+plain = Variant(patch.object(_autograd, "choose", lambda *_: _plain)(_rows))
 _EACH = [
     pytest.param(rows, id="rows"),
     pytest.param(labelled, id="labels"),
-    pytest.param(Variant(_total), id="total", marks=pytest.mark.not_on("torch")),
-    pytest.param(streaming, id="streaming", marks=pytest.mark.not_on("torch")),
-    pytest.param(Variant(_plain_operations), id="plain", marks=NOT_ON_KERNELS),
+    pytest.param(plain, id="plain", marks=NOT_ON_KERNELS),
     pytest.param(Variant(_transformed), id="transformed", marks=NOT_ON_KERNELS),
     pytest.param(Variant(lambda *args: _differentiate(_sum_of_terms, *args)), id="terms", marks=NOT_ON_KERNELS),
+    pytest.param(Variant(_total), id="total", marks=ON_KERNELS),
+    pytest.param(streaming, id="streaming", marks=ON_KERNELS),
 ]
 EACH_VARIANT = pytest.mark.parametrize("variant", _EACH)
 EACH_UNLABELLED_VARIANT = pytest.mark.parametrize("variant", [p for p in _EACH if p.values[0] is not labelled])

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -408,8 +409,11 @@ def forked(folder: Path, backend: str, tests: Sequence[str], mutation: Mutation 
         if mutation is not None:
             source_of(mutation, folder).write_text(mutated(mutation))
         code = run_tests(folder, backend, tests)
-        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -433,11 +437,10 @@ def results(mutations: Sequence[Mutation], backend: str, jobs: int, scratch: Pat
 
 
 def run_group(mutations: Sequence[Mutation], backend: str, jobs: int) -> int:
-    """Test the mutations of one backend in forks of a process that has imported everything but the library."""
+    """Test the mutations of one backend in forks of a process that has imported torch and Triton."""
     if backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
-    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch._dynamo  # noqa: F401
     import triton.language  # noqa: F401
@@ -474,8 +477,10 @@ def main() -> int:
             code = 99
             try:
                 code = min(run_group([m for m in chosen if m.backend == backend], backend, options.jobs), 98)
-                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stdout.flush()
                 os._exit(code)
         _, status = os.waitpid(pid, 0)
         uncaught += os.waitstatus_to_exitcode(status)
