@@ -2,9 +2,12 @@
 # there, once, beside what other targets have installed. ARGS passes options through.
 PYTHON ?= python3
 VENV ?= .venv
-# Versions to hold an environment to: make test-floor says the oldest torch.
+# What else pip is told to install: make test-floor says the oldest torch.
 PIN ?=
 RUN := $(VENV)/bin/python
+# On all cores. A worker that is done takes tests from another one.
+PYTEST := $(RUN) -m pytest -n auto --dist worksteal
+LIBRARY := --ignore=tests/examples --ignore=tests/benchmarks
 
 # Every Python from 3.10 on that is found: one that is on the PATH may still not run, as pyenv's may not.
 PYTHONS = $(foreach minor,10 11 12 13 14 15,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
@@ -13,7 +16,7 @@ FLOOR := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject
 FLOOR_PYTHON ?= $(or $(firstword $(PYTHONS)),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-fast test-library test-examples test-triton test-floor test-versions lint docs mutants \
+.PHONY: help demo study test test-fast test-library test-triton test-floor test-newest test-versions lint docs mutants \
         bench kernels gpu
 
 help:  ## this list
@@ -26,23 +29,26 @@ study: $(VENV)/.study  ## the methods compared on digits, in ten minutes (ARGS=-
 	$(RUN) -m benchmarks.study $(ARGS)
 
 test-fast: $(VENV)/.test  ## lint, types and the tests of the library
-	$(MAKE) --jobs=2 --output-sync=target lint test-library
+	$(MAKE) lint test-library
 
 test: $(VENV)/.test-all  ## all that CI checks: lint, docs, every test, and those of the loss again on the Triton kernels
 	$(MAKE) lint docs
-	$(MAKE) --jobs=2 --output-sync=target test-examples test-triton test-library
+	$(PYTEST) $(ARGS)
+	$(MAKE) test-triton
 
 test-library: $(VENV)/.test  ## the tests of the library alone (ARGS="-k masks" for a part of them)
-	$(RUN) -m pytest --ignore=tests/examples $(ARGS)
-
-test-examples: $(VENV)/.test-all  ## the tests of examples, benchmarks and study
-	$(RUN) -m pytest tests/examples $(ARGS)
+	$(PYTEST) $(LIBRARY) $(ARGS)
 
 test-triton: $(VENV)/.test  ## the tests of the loss again, on the Triton kernels, in Triton's interpreter
-	$(RUN) -m pytest -m interpreter --ignore=tests/examples $(ARGS)
+	$(PYTEST) --backend=interpreter $(LIBRARY) $(ARGS)
 
 test-floor:  ## the tests of the library on the oldest torch that is promised, in an environment of its own
 	$(MAKE) VENV=.venv-floor PYTHON=$(FLOOR_PYTHON) PIN='"torch==$(FLOOR).*"' test-library
+
+# An empty file of constraints takes the place of any that pip is configured to obey.
+test-newest:  ## the tests of the library on the newest torch of the index, in an environment of its own
+	rm -f .venv-newest/.test
+	PIP_CONSTRAINT=/dev/null $(MAKE) VENV=.venv-newest PIN='--upgrade torch' test-library
 
 test-versions:  ## the tests of the library on every Python that is found, in an environment for each
 	@echo "found: $(PYTHONS)"
@@ -59,7 +65,7 @@ docs: $(VENV)-docs/.done  ## the documentation as a site that needs no network: 
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 mutants: $(VENV)/.test  ## break the library in named ways, and see a named test fail for each
-	$(RUN) tests/mutations.py $(ARGS)
+	$(RUN) tools/mutants.py $(ARGS)
 
 bench: $(VENV)/.bench  ## time, memory, accuracy and training steps on this machine, in ten minutes: docs/benchmarks.md
 	$(RUN) -m benchmarks $(ARGS)

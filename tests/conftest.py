@@ -1,12 +1,11 @@
-"""Every test starts from the same seed, on one thread, with the same hypothesis examples.
+"""Options and fixtures of all tests: the run's backend, one thread, one seed, the same hypothesis examples.
 
-Tests marked ``kernels`` are run again on the Triton kernels: by ``pytest -m interpreter`` in Triton's interpreter, by
-``pytest -m gpu`` on a GPU's tensors. Each is a process of its own, since Triton decides once how its kernels run.
-Of their parameters, those marked ``torch_only`` (float64, the closed form's blocks) stay with the torch backends.
+``pytest`` runs every test with the backends in PyTorch. ``pytest --backend=interpreter`` and ``--backend=gpu`` run the
+tests marked ``kernels`` with the Triton kernels, in Triton's interpreter or on a GPU. Each is a process of its own,
+because Triton decides once per process how kernels run. ``not_on(backend, ...)`` excludes a test or a parameter.
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,92 +13,61 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.utils._python_dispatch import _disable_current_modes
 
-settings.register_profile(
-    "ci", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile("interpreter", settings.get_profile("ci"), max_examples=20)
-settings.register_profile("gpu", settings.get_profile("ci"), max_examples=10)
-settings.load_profile("ci")
+from tests import backends
 
-DESELECTED: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
+# The interpreter takes milliseconds per program, and a GPU compiles every variant.
+EXAMPLES = {"torch": 60, "interpreter": 20, "gpu": 10}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=[*EXAMPLES], default="torch", help="the backend that computes the loss")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    mode = config.option.markexpr
-    if mode == "interpreter":
+    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("run", derandomize=True, max_examples=EXAMPLES[config.option.backend], **unhurried)
+    settings.load_profile("run")
+    if config.option.backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
-        # NumPy's, about lanes of a tile that do not exist.
+        # NumPy warns about lanes outside the mask.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
-    if mode == "interpreter" or (mode == "gpu" and torch.cuda.is_available()):
-        from tests import where
-
-        settings.load_profile(mode)
-        where.to_triton(mode)
-        # NaN in new memory, so that what is never written shows.
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    mode = config.option.markexpr
-    if mode not in ("interpreter", "gpu"):
-        return
-    too_long = "slow_in_the_interpreter" if mode == "interpreter" else "slow_on_a_gpu"
+    backend, chosen = config.option.backend, []
     for item in items:
-        marks = {mark.name for mark in item.iter_markers()}
-        if "kernels" in marks and not marks & {"torch_only", too_long}:
-            item.add_marker(mode)
-        if mode == "gpu" and not torch.cuda.is_available():
+        excluded = {name for mark in item.iter_markers("not_on") for name in mark.args}
+        if not excluded <= EXAMPLES.keys():
+            raise pytest.UsageError(f"not_on takes {', '.join(EXAMPLES)}, got {excluded} at {item.nodeid}")
+        if backend not in excluded and (backend == "torch" or item.get_closest_marker("kernels")):
+            chosen.append(item)
+        if backend == "gpu" and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    if items:
-        items[0].config.stash.setdefault(DESELECTED, []).extend(items)
-
-
-@pytest.fixture
-def deselected(request: pytest.FixtureRequest) -> list[pytest.Item]:
-    if request.config.option.keyword:
-        pytest.skip("a part of the tests was asked for")
-    return request.config.stash.get(DESELECTED, [])
+    config.hook.pytest_deselected(items=[*set(items).difference(chosen)])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    # The closed form's blocks grow with the threads: their number must not depend on the machine.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _backend(pytestconfig: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the CPU backend's blocks grow with the number of threads
+    backends.use(pytestconfig.option.backend)
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def _seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def true_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter, the tiles of a GPU."""
-    from cktat_loss.kernels import launch
-
-    monkeypatch.setattr(launch, "rows_tile", launch.rows_tile.__wrapped__)  # type: ignore[attr-defined]
-    monkeypatch.setattr(launch, "find_plan", launch.find_plan.__wrapped__)  # none that was made for other tiles
-
-
-@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched."""
-    from cktat_loss.kernels import launch
+    """The names of the kernels that are launched."""
+    from cktat_loss.kernels.launch import Plan
 
-    seen: list[str] = []
-    run = launch.Plan.launch
+    def counted(self: Any, *args: Any, launch: Any = Plan.launch) -> None:
+        names.append(self.kernel.__name__)
+        with _disable_current_modes():  # a dispatch mode must not see the interpreter's own operations
+            launch(self, *args)
 
-    def counted(self: Any, *args: Any) -> None:
-        seen.append(self.kernel.__name__)
-        with _disable_current_modes():  # the interpreter's own operations are nobody's business
-            run(self, *args)
-
-    monkeypatch.setattr(launch.Plan, "launch", counted)
-    return seen
+    names: list[str] = []
+    monkeypatch.setattr(Plan, "launch", counted)
+    return names

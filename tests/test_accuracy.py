@@ -13,12 +13,12 @@ from torch import Tensor
 from cktat_loss import _cpu
 from cktat_loss.functional import cktat_loss
 from tests import oracle
-from tests.forms import DTYPES, FLOAT64, FORMS, Form, compiled, labels
+from tests.variants import DTYPES, EACH_VARIANT, FLOAT64, Variant, compiled, labels
 
 pytestmark = pytest.mark.kernels
 
 SCALES = (0.05, 0.3, 1, 4, 20, 60)
-SLOW = pytest.param((40, 1000), marks=pytest.mark.slow_in_the_interpreter)
+SLOW = pytest.param((40, 1000), marks=pytest.mark.not_on("interpreter"))
 TAU_BETA = ((0.7, 5.3), (5.3, 0.7))  # neither dyadic: 5 and 6 hide a scalar that lost precision
 
 # On one thread, where a block holds some 50,000 elements.
@@ -30,7 +30,9 @@ SHAPES = {
 }
 SHAPES_AND_NAMES = [
     # The kernels have no blocks; what they have is in test_tiles.py.
-    pytest.param(s, id=f"{name} {s[0]}x{s[1]}", marks=[pytest.mark.torch_only] if "block" in name else [])
+    pytest.param(
+        s, id=f"{name} {s[0]}x{s[1]}", marks=[pytest.mark.not_on("interpreter", "gpu")] if "block" in name else []
+    )
     for name, group in SHAPES.items()
     for s in group
 ]
@@ -56,14 +58,14 @@ def case(shape: tuple[int, int], scale: float, dtype: torch.dtype, tau: float, b
     return clean, adv, teacher, tau, beta
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES_AND_NAMES)
-def test_loss_and_gradients(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> None:
+def test_loss_and_gradients(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> None:
     for scale, (tau, beta) in zip(SCALES, cycle(TAU_BETA), strict=False):
         args = case(shape, scale, dtype, tau, beta)
         note = f"scale {scale}, tau {tau}, beta {beta}"
-        oracle.assert_right(*form(*args), form.truth(*args), oracle.TOLERANCES[dtype], note=note)
+        oracle.assert_right(*variant(*args), variant.truth(*args), oracle.TOLERANCES[dtype], note=note)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,24 +76,24 @@ def test_compiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
     oracle.assert_right(*compiled(*args), compiled.truth(*args), oracle.TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(7, 10), (40, 17), SLOW], ids=str)
-def test_offset_of_1000(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> None:
+def test_offset_of_1000(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> None:
     """Logits far from zero, and not on the same side, are as good as others: each is taken as it is."""
     args = case(shape, 4, dtype, 0.7, 5.3, offset=1000.0)
-    oracle.assert_right(*form(*args), form.truth(*args), oracle.TOLERANCES[dtype])
+    oracle.assert_right(*variant(*args), variant.truth(*args), oracle.TOLERANCES[dtype])
 
 
-@pytest.mark.torch_only
+@pytest.mark.not_on("interpreter", "gpu")
 @pytest.mark.parametrize("step", [0, 1, 7, 100])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_blocks_have_no_seams(form: Form, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@EACH_VARIANT
+def test_blocks_have_no_seams(variant: Variant, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the block, and with a weight for each row, the rows come out in their places."""
     *args, beta = case((100, 100), 4, torch.float32, 0.7, 5.3)
     monkeypatch.setattr(_cpu, "BLOCK_ELEMENTS_PER_THREAD", step * 100)
-    beta = beta if form.labelled else torch.rand(100)
-    oracle.assert_right(*form(*args, beta), form.truth(*args, beta), 2e-5)
+    beta = beta if variant.labelled else torch.rand(100)
+    oracle.assert_right(*variant(*args, beta), variant.truth(*args, beta), 2e-5)
 
 
 def numerical_slopes(x: Tensor, loss) -> Iterator[tuple[tuple[int, int], float]]:

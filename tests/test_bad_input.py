@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 BOTH = (cktat_loss, cktat_terms)
 
 
-class HuggingFace(dict):  # type: ignore[type-arg]
+class HuggingFace(dict):
     """What its models return: prints every tensor."""
 
     logits = X
@@ -230,4 +230,4 @@ def test_related_tensor_subclasses_and_parameters() -> None:
 
 def test_a_flag_of_numpy_is_named_in_full() -> None:
     with pytest.raises(TypeError, match=r"detach_clean must be True or False, got a (numpy\.bool|bool_)$"):
-        cktat_loss(**GOOD, detach_clean=np.bool_(True))  # type: ignore[call-overload]
+        cktat_loss(**GOOD, detach_clean=np.bool_(True))

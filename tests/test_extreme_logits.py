@@ -8,13 +8,13 @@ from torch import Tensor
 
 from cktat_loss import functional
 from tests import oracle
-from tests.forms import FLOAT64, FORMS, Form, compiled
+from tests.variants import EACH_VARIANT, FLOAT64, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
 DTYPES = (FLOAT64, torch.float32, torch.bfloat16)
 # Few calls, one block, several.
-WIDTHS = (10, 1000, pytest.param(3000, marks=pytest.mark.slow_in_the_interpreter))
+WIDTHS = (10, 1000, pytest.param(3000, marks=pytest.mark.not_on("interpreter")))
 
 
 def saturated(width: int, size: float) -> list[Tensor]:
@@ -26,15 +26,15 @@ def saturated(width: int, size: float) -> list[Tensor]:
     return [torch.stack(rows) for rows in zip(*itertools.product(kinds, repeat=3), strict=True)]
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [30.0, 110.0, 200.0, 1e4])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_saturated_rows(width: int, size: float, dtype: torch.dtype, form: Form) -> None:
+def test_saturated_rows(width: int, size: float, dtype: torch.dtype, variant: Variant) -> None:
     logits = [x.to(dtype) for x in saturated(width, size)]
     for tau, beta in ((1.0, 5.3), (0.7, 0.7), (5.3, 5.3)):
-        true = form.truth(*logits, tau, beta)
-        oracle.assert_right(*form(*logits, tau, beta), true, oracle.TOLERANCES[dtype], note=f"tau {tau}")
+        true = variant.truth(*logits, tau, beta)
+        oracle.assert_right(*variant(*logits, tau, beta), true, oracle.TOLERANCES[dtype], note=f"tau {tau}")
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -58,30 +58,30 @@ def test_saturated_rows_compiled() -> None:
     oracle.assert_right(*compiled(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_one_hot_teachers(width: int, dtype: torch.dtype, form: Form) -> None:
+def test_one_hot_teachers(width: int, dtype: torch.dtype, variant: Variant) -> None:
     """With -inf for the other classes, the guidance is the cross-entropy."""
     labels = torch.arange(12) % width
     teacher = torch.full((12, width), -torch.inf, dtype=dtype).scatter(1, labels[:, None], 3.0)
     clean, adv = (4 * torch.randn(2, 12, width)).to(dtype)
-    rows, d_clean, d_adv = form(clean, adv, teacher, 0.7, 0.0)
+    rows, d_clean, d_adv = variant(clean, adv, teacher, 0.7, 0.0)
     entropy = torch.nn.functional.cross_entropy(adv.double(), labels, reduction="none")
     assert oracle.loss_error(rows, entropy.numpy()) < oracle.TOLERANCES[dtype]
     assert (d_clean == 0).all()
-    oracle.assert_right(rows, d_clean, d_adv, form.truth(clean, adv, teacher, 0.7, 0.0), oracle.TOLERANCES[dtype])
+    oracle.assert_right(rows, d_clean, d_adv, variant.truth(clean, adv, teacher, 0.7, 0.0), oracle.TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau", [1e-40, 1e-30, 1e-3, 1e3, 1e30])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_extreme_temperatures(width: int, tau: float, dtype: torch.dtype, form: Form) -> None:
+def test_extreme_temperatures(width: int, tau: float, dtype: torch.dtype, variant: Variant) -> None:
     """Towards 0 the teacher is one-hot, with ties shared, and towards infinity uniform."""
     clean, adv, teacher = (3 * torch.randn(3, 12, width)).to(dtype)
     teacher[0] = 0.0
     teacher[1, :3] = 20.0
     oracle.assert_right(
-        *form(clean, adv, teacher, tau, 5.3), form.truth(clean, adv, teacher, tau, 5.3), oracle.TOLERANCES[dtype]
+        *variant(clean, adv, teacher, tau, 5.3), variant.truth(clean, adv, teacher, tau, 5.3), oracle.TOLERANCES[dtype]
     )

@@ -1,4 +1,4 @@
-"""What only a GPU shows: CUDA graphs, streams, synchronisation, mixed precision, memory. ``pytest -m gpu``
+"""What only a GPU shows: CUDA graphs, streams, synchronisation, mixed precision, memory. ``pytest --backend=gpu``
 
 The tests of the loss run there too, on the GPU's tensors: see conftest.py.
 """
@@ -20,7 +20,8 @@ from cktat_loss import CKTATLoss, adaptive_beta
 from cktat_loss.functional import cktat_loss
 from tests import oracle
 
-pytestmark = pytest.mark.gpu
+launch = pytest.importorskip("cktat_loss.kernels.launch", reason="needs Triton")
+pytestmark = [pytest.mark.kernels, pytest.mark.not_on("torch", "interpreter")]
 
 ROOT = Path(__file__).parents[1]
 TAU, BETA = 0.7, 5.3
@@ -83,7 +84,7 @@ def truth_of(run: Run, inputs: tuple[Tensor, ...], other: Tensor) -> tuple[Any, 
 def test_auto_takes_the_kernels(run: Run, shape: tuple[int, int], launches: list[str]) -> None:
     inputs, other = logits(shape), others(run, shape[0])
     result = run(*inputs, other)
-    assert launches == ["streaming_kernel" if shape[1] > 4096 else "rows_kernel"] * 2
+    assert launches == ["streaming_kernel" if shape[1] > launch.ROWS_UP_TO else "rows_kernel"] * 2
     assert_right(result, *truth_of(run, inputs, other))
 
 

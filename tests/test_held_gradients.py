@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.forms import FLOAT64
+from tests.variants import FLOAT64
 
 pytestmark = pytest.mark.kernels
 

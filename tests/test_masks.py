@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.forms import FLOAT64, FORMS, Form, compiled
+from tests.variants import EACH_VARIANT, FLOAT64, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (FLOAT64, torch.float32, torch.float16)
 # Few calls, one block, several.
-WIDTHS = (10, 500, pytest.param(3000, marks=pytest.mark.slow_in_the_interpreter))
+WIDTHS = (10, 500, pytest.param(3000, marks=pytest.mark.not_on("interpreter")))
 ROWS = 24
-ALL_FORMS = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ALL_WIDTHS = pytest.mark.parametrize("width", WIDTHS)
 
@@ -32,18 +31,18 @@ def a_third(width: int) -> Tensor:
     return mask
 
 
-@ALL_FORMS
+@EACH_VARIANT
 @ALL_DTYPES
 @ALL_WIDTHS
 @pytest.mark.parametrize("masked", ["cat", "t", "c", "ct", "cat+t", "cat+c"])
-def test_masks_that_leave_an_answer(masked: str, width: int, dtype: torch.dtype, form: Form) -> None:
+def test_masks_that_leave_an_answer(masked: str, width: int, dtype: torch.dtype, variant: Variant) -> None:
     c, a, t = logits(width, dtype)
     for where in masked.split("+"):
         mask = a_third(width)
         c, a, t = (x.masked_fill(mask, -INF) if name in where else x for x, name in zip((c, a, t), "cat", strict=True))
-    rows, d_clean, d_adv = form(c, a, t, 0.7, 5.3)
+    rows, d_clean, d_adv = variant(c, a, t, 0.7, 5.3)
     assert rows.isfinite().all()
-    oracle.assert_right(rows, d_clean, d_adv, form.truth(c, a, t, 0.7, 5.3), oracle.TOLERANCES[dtype])
+    oracle.assert_right(rows, d_clean, d_adv, variant.truth(c, a, t, 0.7, 5.3), oracle.TOLERANCES[dtype])
     assert (d_clean[c == -INF] == 0).all()
 
 
@@ -54,46 +53,46 @@ def test_masks_compiled() -> None:
     oracle.assert_right(*compiled(*args, 0.7, 5.3), oracle.truth(*args, 0.7, 5.3), 2e-5)
 
 
-@ALL_FORMS
+@EACH_VARIANT
 @ALL_DTYPES
 @ALL_WIDTHS
-def test_a_tiny_kl_under_masks(width: int, dtype: torch.dtype, form: Form) -> None:
+def test_a_tiny_kl_under_masks(width: int, dtype: torch.dtype, variant: Variant) -> None:
     base, mask = 3 * torch.randn(ROWS, width), a_third(width)
     base[2:, 1] = base[2:].logsumexp(1) - 7  # small enough to leave out, too large to overlook
     c, a, t = ((base + 1e-2 * torch.randn(ROWS, width)).masked_fill(mask, -INF).to(dtype) for _ in range(3))
-    oracle.assert_right(*form(c, a, t, 1.0, 5.3), form.truth(c, a, t, 1.0, 5.3), oracle.TOLERANCES[dtype])
+    oracle.assert_right(*variant(c, a, t, 1.0, 5.3), variant.truth(c, a, t, 1.0, 5.3), oracle.TOLERANCES[dtype])
     fewer = [x.index_fill(1, torch.tensor([1]), -INF) for x in (c, t)]
-    true = form.truth(fewer[0], a, fewer[1], 1.0, 5.3)
-    oracle.assert_right(*form(fewer[0], a, fewer[1], 1.0, 5.3), true, oracle.TOLERANCES[dtype])
-    for result in form(c, c, c, 1.0, 5.3):
+    true = variant.truth(fewer[0], a, fewer[1], 1.0, 5.3)
+    oracle.assert_right(*variant(fewer[0], a, fewer[1], 1.0, 5.3), true, oracle.TOLERANCES[dtype])
+    for result in variant(c, c, c, 1.0, 5.3):
         assert (result == 0).all()
 
 
-@ALL_FORMS
+@EACH_VARIANT
 @ALL_DTYPES
 @ALL_WIDTHS
 @pytest.mark.parametrize("beta", [5.3, 0.7])
-def test_masked_in_the_adversarial_alone(beta: float, width: int, dtype: torch.dtype, form: Form) -> None:
+def test_masked_in_the_adversarial_alone(beta: float, width: int, dtype: torch.dtype, variant: Variant) -> None:
     """Probability where the prediction rules it out: infinitely wrong, and so said."""
     c, a, t = logits(width, dtype)
     a[5, 2] = a[7, 3] = t[7, 3] = a[9, 4] = c[9, 4] = -INF  # in all but a, in c alone, in t alone
-    rows, d_clean, d_adv = form(c, a, t, 0.7, beta)
+    rows, d_clean, d_adv = variant(c, a, t, 0.7, beta)
     assert (rows[[5, 7, 9]] == INF).all()
-    assert_others_unharmed([5, 7, 9], (rows, d_clean, d_adv), form.truth(c, a, t, 0.7, beta), dtype)
+    assert_others_unharmed([5, 7, 9], (rows, d_clean, d_adv), variant.truth(c, a, t, 0.7, beta), dtype)
 
 
-@ALL_FORMS
+@EACH_VARIANT
 @ALL_DTYPES
 @ALL_WIDTHS
 @pytest.mark.parametrize("bad", ["all masked", "NaN", "+inf"])
-def test_no_answer(bad: str, width: int, dtype: torch.dtype, form: Form) -> None:
+def test_no_answer(bad: str, width: int, dtype: torch.dtype, variant: Variant) -> None:
     """A row without an answer in any one input is NaN, as are its gradients for that input."""
     args = logits(width, dtype)
     for row, x in zip((5, 13, 21), args, strict=True):
         x[row, slice(None) if bad == "all masked" else 4] = {"all masked": -INF, "NaN": NAN, "+inf": INF}[bad]
-    rows, d_clean, d_adv = form(*args, 0.7, 5.3)
+    rows, d_clean, d_adv = variant(*args, 0.7, 5.3)
     assert rows[[5, 13, 21]].isnan().all()
-    assert_others_unharmed([5, 13, 21], (rows, d_clean, d_adv), form.truth(*args, 0.7, 5.3), dtype)
+    assert_others_unharmed([5, 13, 21], (rows, d_clean, d_adv), variant.truth(*args, 0.7, 5.3), dtype)
 
 
 def assert_others_unharmed(

@@ -7,7 +7,7 @@ import torch
 
 from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.forms import DTYPES, FLOAT64, FORMS, Form
+from tests.variants import DTYPES, EACH_VARIANT, FLOAT64, Variant
 
 pytestmark = pytest.mark.kernels
 
@@ -36,7 +36,7 @@ def test_empty_batch(classes: int, dtype: torch.dtype) -> None:
     out = torch.float64 if dtype == torch.float64 else torch.float32
     for beta, y in ((6.0, None), (torch.ones(()), None), (torch.ones(0), None), (6.0, torch.empty(0).long())):
         for reduction in ("mean", "sum", "none"):
-            loss = cktat_loss(clean, adv, clean, 5.0, beta, y=y, reduction=reduction)  # type: ignore[arg-type]
+            loss = cktat_loss(clean, adv, clean, 5.0, beta, y=y, reduction=reduction)
             expected = {"mean": torch.tensor(torch.nan), "sum": torch.tensor(0.0), "none": torch.empty(0)}[reduction]
             torch.testing.assert_close(loss.detach(), expected.to(out), equal_nan=True)
             for gradient in torch.autograd.grad(loss.sum(), (clean, adv)):
@@ -50,19 +50,19 @@ def test_empty_batch(classes: int, dtype: torch.dtype) -> None:
         assert gradient.shape == (0, classes)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 5, 10000])
-def test_one_class(n: int, dtype: torch.dtype, form: Form) -> None:
+def test_one_class(n: int, dtype: torch.dtype, variant: Variant) -> None:
     clean, adv, teacher = (30 * torch.randn(3, n, 1)).to(dtype)
-    for result in form(clean, adv, teacher, 0.7, 5.3):
+    for result in variant(clean, adv, teacher, 0.7, 5.3):
         assert result.shape[0] == n
         assert (result == 0).all()
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [10, 1000, pytest.param(21841, marks=pytest.mark.slow_in_the_interpreter)])
-def test_one_sample(classes: int, dtype: torch.dtype, form: Form) -> None:
+@pytest.mark.parametrize("classes", [10, 1000, pytest.param(21841, marks=pytest.mark.not_on("interpreter"))])
+def test_one_sample(classes: int, dtype: torch.dtype, variant: Variant) -> None:
     args: list[Any] = [*(4 * torch.randn(3, 1, classes)).to(dtype), 0.7, 5.3]
-    oracle.assert_right(*form(*args), form.truth(*args), oracle.TOLERANCES[dtype])
+    oracle.assert_right(*variant(*args), variant.truth(*args), oracle.TOLERANCES[dtype])

@@ -13,30 +13,29 @@ from torch import Tensor
 from cktat_loss import CKTATLoss, adaptive_beta
 from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.forms import DTYPES, FORMS, Form, compiled
+from tests.variants import DTYPES, EACH_UNLABELLED_VARIANT, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
-SHAPES = [(5, 10), (40, 17), pytest.param((40, 1000), marks=pytest.mark.slow_in_the_interpreter)]
-UNLABELLED = {name: form for name, form in FORMS.items() if not form.labelled}
+SHAPES = [(5, 10), (40, 17), pytest.param((40, 1000), marks=pytest.mark.not_on("interpreter"))]
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-@pytest.mark.slow_on_a_gpu
-@pytest.mark.parametrize("form", UNLABELLED.values(), ids=UNLABELLED)
+@pytest.mark.not_on("gpu")
+@EACH_UNLABELLED_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_a_tensor_of_any_floating_dtype(
-    per_sample: bool, shape: tuple[int, int], dtype: torch.dtype, form: Form
+    per_sample: bool, shape: tuple[int, int], dtype: torch.dtype, variant: Variant
 ) -> None:
     clean, adv, teacher = 2 * torch.randn(3, *shape)
     beta = (6 * torch.rand(shape[:1] if per_sample else ())).to(dtype)
     if per_sample:
         beta[0] = 0
-    rows, d_clean, d_adv = form(clean, adv, teacher, 0.7, beta)
+    rows, d_clean, d_adv = variant(clean, adv, teacher, 0.7, beta)
     assert rows.dtype == torch.float32
-    oracle.assert_right(rows, d_clean, d_adv, form.truth(clean, adv, teacher, 0.7, beta), 2e-5)
+    oracle.assert_right(rows, d_clean, d_adv, variant.truth(clean, adv, teacher, 0.7, beta), 2e-5)
     assert not per_sample or (d_clean[0] == 0).all()
 
 
@@ -50,24 +49,24 @@ def test_a_tensors_values_are_not_looked_at() -> None:
 # Labels.
 
 
-@pytest.mark.parametrize("form", UNLABELLED.values(), ids=UNLABELLED)
+@EACH_UNLABELLED_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_labels(shape: tuple[int, int], dtype: torch.dtype, form: Form) -> None:
+def test_labels(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> None:
     clean, adv, teacher = (2 * torch.randn(3, *shape)).to(dtype)
     y = torch.randint(shape[1], shape[:1])
     args = clean, adv, teacher, 0.7, 5.3, y
-    oracle.assert_right(*form(*args), oracle.truth(*args), oracle.TOLERANCES[dtype])
+    oracle.assert_right(*variant(*args), oracle.truth(*args), oracle.TOLERANCES[dtype])
 
 
-@pytest.mark.slow_on_a_gpu
+@pytest.mark.not_on("gpu")
 @pytest.mark.parametrize("dtype", LABEL_DTYPES, ids=str)
-@pytest.mark.parametrize("form", UNLABELLED.values(), ids=UNLABELLED)
-def test_labels_of_any_integer_dtype(form: Form, dtype: torch.dtype) -> None:
+@EACH_UNLABELLED_VARIANT
+def test_labels_of_any_integer_dtype(variant: Variant, dtype: torch.dtype) -> None:
     clean, adv, teacher = 2 * torch.randn(3, 6, 10)
     y = torch.tensor([0, 9, 3, 3, 1, 5])
     oracle.assert_right(
-        *form(clean, adv, teacher, 0.7, 5.3, y.to(dtype)), oracle.truth(clean, adv, teacher, 0.7, 5.3, y), 2e-5
+        *variant(clean, adv, teacher, 0.7, 5.3, y.to(dtype)), oracle.truth(clean, adv, teacher, 0.7, 5.3, y), 2e-5
     )
 
 
@@ -90,7 +89,7 @@ def test_no_gradient_flows_through_the_weights() -> None:
 WRONG = (-100, -1, 10, 2**31 + 3, 2**62)
 
 
-@pytest.mark.torch_only
+@pytest.mark.not_on("interpreter", "gpu")
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_a_label_that_is_no_class_is_refused_on_the_cpu(backend: Any, wrong: int) -> None:
@@ -116,13 +115,13 @@ def unseen(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("form", UNLABELLED.values(), ids=UNLABELLED)
-def test_elsewhere_it_gives_nan_for_its_row_alone(form: Form, wrong: int) -> None:
+@EACH_UNLABELLED_VARIANT
+def test_elsewhere_it_gives_nan_for_its_row_alone(variant: Variant, wrong: int) -> None:
     """No other row's memory, and no failed assertion, which would end a process's CUDA."""
     clean, adv, teacher = 2 * torch.randn(3, 7, 10)
     y = torch.tensor([0, 1, wrong, 3, wrong, 5, 6])
     good = torch.tensor([True, True, False, True, False, True, True])
-    rows, d_clean, d_adv = unseen(form)(clean, adv, teacher, 0.7, 5.3, y)
+    rows, d_clean, d_adv = unseen(variant)(clean, adv, teacher, 0.7, 5.3, y)
     assert (rows.isnan() == ~good).all()
     assert d_clean[~good].isnan().all()
     assert d_adv[~good].isnan().all()
@@ -130,7 +129,7 @@ def test_elsewhere_it_gives_nan_for_its_row_alone(form: Form, wrong: int) -> Non
     oracle.assert_right(rows[good], d_clean[good], d_adv[good], oracle.truth(*args), 2e-5)
 
 
-@pytest.mark.torch_only
+@pytest.mark.not_on("interpreter", "gpu")
 def test_elsewhere_it_gives_nan_compiled() -> None:
     y, logits = torch.tensor([0, *WRONG]), torch.randn(3, 6, 10)
     rows = compiled(*logits, 0.7, 5.3, y)[0]
@@ -183,7 +182,7 @@ def test_they_are_the_weights_of_the_loss(name: str) -> None:
 ADV, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
 
 
-@pytest.mark.torch_only
+@pytest.mark.not_on("interpreter", "gpu")
 @pytest.mark.parametrize(
     ("adv", "y", "beta", "kind", "says"),
     [

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from cktat_loss import reference
 from cktat_loss.functional import cktat_loss, cktat_terms
-from tests.forms import FLOAT64
+from tests.variants import FLOAT64
 
 TAU, BETA = 0.7, 5.3
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.forms import DTYPES, FORMS, Form, compiled
+from tests.variants import DTYPES, EACH_VARIANT, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
-SLOW = [pytest.param(s, marks=pytest.mark.slow_in_the_interpreter) for s in [(200, 100), (40, 1000), (3, 21841)]]
+SLOW = [pytest.param(s, marks=pytest.mark.not_on("interpreter")) for s in [(200, 100), (40, 1000), (3, 21841)]]
 SHAPES = [(50, 10), (40, 100), *SLOW]
 
 
@@ -21,15 +21,15 @@ def nearly_equal(shape: tuple[int, int], gap: float, tau: float = 1.0) -> list[T
     return [clean.float(), adv.float(), (tau * teacher).float()]
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("tau", [1.0, 0.7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_small(shape: tuple[int, int], tau: float, form: Form) -> None:
+def test_small(shape: tuple[int, int], tau: float, variant: Variant) -> None:
     logits = nearly_equal(shape, gap=2e-3, tau=tau)
     clean, adv, teacher = logits
     assert 1e-7 < oracle.truth(*logits, tau, 1.0).guidance.mean() < 1e-5
     for args in ((clean, adv, teacher, tau, 0.0), (clean, adv, adv, 1.0, 1.0)):  # one term each
-        assert np.max(np.abs(oracle.array(form(*args)[0]) / form.truth(*args).rows - 1)) < 2e-3
+        assert np.max(np.abs(oracle.array(variant(*args)[0]) / variant.truth(*args).rows - 1)) < 2e-3
 
 
 def test_small_compiled() -> None:
@@ -38,53 +38,55 @@ def test_small_compiled() -> None:
     assert np.max(np.abs(oracle.array(rows) / oracle.truth(*logits, 1.0, 1.0).rows - 1)) < 2e-3
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_from_tiny_to_ordinary(shape: tuple[int, int], form: Form) -> None:
+def test_from_tiny_to_ordinary(shape: tuple[int, int], variant: Variant) -> None:
     """No seam where the summation changes: a KL of 1e-2 is as right as one of 1."""
     for gap in (0.03, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
         logits = nearly_equal(shape, gap)
-        oracle.assert_right(*form(*logits, 1.0, 1.0), form.truth(*logits, 1.0, 1.0), 2e-5, note=f"gap {gap}")
+        oracle.assert_right(*variant(*logits, 1.0, 1.0), variant.truth(*logits, 1.0, 1.0), 2e-5, note=f"gap {gap}")
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_small_rows_among_others(form: Form) -> None:
+@EACH_VARIANT
+def test_small_rows_among_others(variant: Variant) -> None:
     """Each summed from its own probabilities, also where a class of little weight is far off."""
     clean, adv, teacher = nearly_equal((200, 100), gap=2e-3)
     clean[:, 0] = clean.logsumexp(1) - 7
     adv[:, 0] = clean[:, 0] + 1
     adv[::2] += 3 * torch.randn(100, 100)
-    oracle.assert_right(*form(clean, adv, teacher, 1.0, 1.0), form.truth(clean, adv, teacher, 1.0, 1.0), 2e-5)
+    oracle.assert_right(*variant(clean, adv, teacher, 1.0, 1.0), variant.truth(clean, adv, teacher, 1.0, 1.0), 2e-5)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_never_negative(shape: tuple[int, int], form: Form) -> None:
+def test_never_negative(shape: tuple[int, int], variant: Variant) -> None:
     for gap in (0.0, 1e-7, 1e-5, 1e-4):
         for scale in (0.05, 1, 20):
             clean, adv, teacher = (scale * x for x in nearly_equal(shape, gap))
-            assert (form(clean, adv, teacher, 1.0, 1.0)[0] >= 0).all()
+            assert (variant(clean, adv, teacher, 1.0, 1.0)[0] >= 0).all()
 
 
-@pytest.mark.torch_only
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_never_negative_in_float64(form: Form) -> None:
+@pytest.mark.not_on("interpreter", "gpu")
+@EACH_VARIANT
+def test_never_negative_in_float64(variant: Variant) -> None:
     """Where plain sums round to either side of zero."""
     for gap in (1e-7, 1e-6, 1e-5):
         for scale in (1, 10, 30, 100):
             clean = scale * torch.randn(64, 17, dtype=torch.float64)
             adv = clean * (1 + gap * torch.randn_like(clean))
-            assert (form(clean, adv, clean, 1.0, 1.0)[0] >= 0).all()
+            assert (variant(clean, adv, clean, 1.0, 1.0)[0] >= 0).all()
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equal_predictions_are_exactly_zero(shape: tuple[int, int], tau: float, dtype: torch.dtype, form: Form) -> None:
+def test_equal_predictions_are_exactly_zero(
+    shape: tuple[int, int], tau: float, dtype: torch.dtype, variant: Variant
+) -> None:
     for scale in (0.3, 5, 60):
         logits = (scale * torch.randn(shape)).to(dtype)
-        for result in form(logits, logits, logits * tau, tau, 5.3):
+        for result in variant(logits, logits, logits * tau, tau, 5.3):
             assert (result == 0).all(), f"scale {scale}: {result.abs().max()}"
 
 

@@ -1,50 +1,49 @@
-"""The tiles that the launcher really chooses, in Triton's interpreter: every last row and column.
-
-The rest of the suite gives the interpreter many rows a program, for time; here they are as on a GPU.
-"""
+"""Every tile that the launcher chooses, to its last row and column, in Triton's interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests import forms, oracle
+from cktat_loss import _autograd, kernels
+from tests import oracle, variants
 
-pytest.importorskip("triton", reason="needs Triton")
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
+launch = pytest.importorskip("cktat_loss.kernels.launch", reason="needs Triton")
+pytestmark = [pytest.mark.kernels, pytest.mark.not_on("torch", "gpu")]
 
-BOTH = pytest.mark.parametrize(
-    "form", [forms.Form(forms.rows), forms.Form(forms.total, labelled=True)], ids=["rows", "labels"]
-)
+BOTH = pytest.mark.parametrize("variant", [variants.rows, variants.labelled], ids=["rows", "labels"])
 
 
-def check(form: forms.Form, n: int, classes: int, dtype: torch.dtype = torch.float32) -> None:
+@pytest.fixture(autouse=True)
+def _tiles_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_autograd, "choose", lambda *_: kernels)  # other tests have tall ones
+
+
+def check(variant: variants.Variant, n: int, classes: int, dtype: torch.dtype = torch.float32) -> None:
     logits = (3 * torch.randn(3, n, classes)).to(dtype)
-    oracle.assert_right(*form(*logits, 0.7, 5.3), form.truth(*logits, 0.7, 5.3), 2e-5, note=f"N={n}, C={classes}")
+    oracle.assert_right(*variant(*logits, 0.7, 5.3), variant.truth(*logits, 0.7, 5.3), 2e-5, note=f"N={n}, C={classes}")
 
 
 @BOTH
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 10, 16, 17, 31, 33, 64, 65, 100, 127, 128, 129, 257])
-def test_few_classes(classes: int, form: forms.Form) -> None:
-    from cktat_loss.kernels import launch
-
+def test_few_classes(classes: int, variant: variants.Variant) -> None:
     tile = launch.rows_tile(classes, 4, 257)
     assert classes <= tile.strips * tile.width
     for n in {1, tile.rows - 1, tile.rows, tile.rows + 1} - {0}:
-        check(form, n, classes)
+        check(variant, n, classes)
 
 
 @BOTH
-@pytest.mark.parametrize("classes", [511, 512, 1000, 1001, 1024, 2049, 4095, 4096])
-def test_a_row_a_program(classes: int, form: forms.Form) -> None:
-    check(form, 2, classes)
+@pytest.mark.parametrize("classes", [511, 512, 1000, 1001, 1024, 2049, launch.ROWS_UP_TO - 1, launch.ROWS_UP_TO])
+def test_a_row_a_program(classes: int, variant: variants.Variant) -> None:
+    check(variant, 2, classes)
 
 
 @BOTH
-@pytest.mark.parametrize("classes", [4097, 4104, 5003, 6144, 21841])
-def test_rows_in_chunks(classes: int, form: forms.Form) -> None:
+@pytest.mark.parametrize("classes", [launch.ROWS_UP_TO + 1, launch.ROWS_UP_TO + 8, 5003, 6144, 21841])
+def test_rows_in_chunks(classes: int, variant: variants.Variant) -> None:
     for dtype in (torch.float32, torch.float16):
-        check(form, 2, classes, dtype)
+        check(variant, 2, classes, dtype)
 
 
 @pytest.mark.parametrize("residue", range(8))
@@ -53,15 +52,13 @@ def test_rows_of_odd_length_start_anywhere(residue: int) -> None:
     for classes in (1 + residue, 8 + residue, 16 + residue, 264 + residue):
         logits = 3 * torch.randn(3, 9, classes)
         oracle.assert_right(
-            *forms.streaming(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5, note=f"{classes}"
+            *variants.streaming(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5, note=f"{classes}"
         )
 
 
 def test_every_tile_fits() -> None:
     """Powers of two that cover the row, whole warps, and no more than 16 positions a thread where rows are long."""
-    from cktat_loss.kernels import launch
-
-    for classes in [*range(1, 200), 255, 256, 257, 1000, 1001, 2048, 4095, 4096]:
+    for classes in [*range(1, 200), 255, 256, 257, 1000, 1001, 2048, launch.ROWS_UP_TO - 1, launch.ROWS_UP_TO]:
         for size in (2, 4):
             for n in (1, 64, 256, 257):
                 tile = launch.rows_tile(classes, size, n)

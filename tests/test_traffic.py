@@ -1,7 +1,7 @@
 """What the Triton kernels load and store, counted in the interpreter: each logit once, each gradient once, no more.
 
 Element moves a logit position, with row values: 5.1 for a training step whose upstream gradient is one, 3.1 without
-gradients. A row of more than 4,096 classes is streamed, and read once more where it has gradients: 8.1.
+gradients. A row of more than ``ROWS_UP_TO`` classes is streamed, and read once more if it has gradients: 8.1.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from cktat_loss.functional import cktat_loss, cktat_terms
 
-pytest.importorskip("triton", reason="needs Triton")
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("true_tiles")]
+launch = pytest.importorskip("cktat_loss.kernels.launch", reason="needs Triton")
+pytestmark = [pytest.mark.kernels, pytest.mark.not_on("torch", "gpu")]
 
-SHAPES = [(130, 10), (20, 100), (3, 1000), (2, 4096), (2, 5003), (1, 21841)]
+SHAPES = [(130, 10), (20, 100), (3, 1000), (2, launch.ROWS_UP_TO), (2, 5003), (1, 21841)]
 EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -150,7 +150,7 @@ def run(step: Step, shape: tuple[int, int], cut: slice = slice(None), **options:
 @EACH_SHAPE
 def test_moves(shape: tuple[int, int], step: Step) -> None:
     traffic, logits, gradients = run(step, shape)
-    streamed = shape[1] > 4096
+    streamed = shape[1] > launch.ROWS_UP_TO
     assert traffic.moves() / logits[0].numel() <= (step.chunks if streamed else step.rows)
     stored = [2 if step is STEPS["another upstream"] else 1] * len(gradients)
     for d, times_stored in zip(gradients, stored, strict=True):
@@ -167,7 +167,7 @@ def test_moves(shape: tuple[int, int], step: Step) -> None:
 def test_labels_and_terms_cost_three_values_a_row(shape: tuple[int, int]) -> None:
     """A label, two terms; streaming reads the label's logit once more, which costs less than a search."""
     n, classes = shape
-    streamed = classes > 4096
+    streamed = classes > launch.ROWS_UP_TO
     alone = run(STEPS["training"], shape).traffic.moves()
     y = 7 * torch.arange(n) % classes
     both = run(STEPS["training"], shape, y=y, return_terms=True)
@@ -192,8 +192,8 @@ def test_a_label_that_is_no_class_reads_nobody_elses_memory(
     done = run(STEPS["training"], (3, classes), y=torch.tensor([0, wrong, classes - 1]))
     assert done.traffic.bytes_outside() == 0
     loaded = done.traffic.loaded(done.logits[1])
-    readings = 1 if classes <= 4096 else 2
-    labels = [0, 3 * classes - 1] if classes > 4096 else []
+    readings = 1 if classes <= launch.ROWS_UP_TO else 2
+    labels = [0, 3 * classes - 1] if classes > launch.ROWS_UP_TO else []
     assert (np.flatnonzero(loaded != readings) == labels).all()
 
 
@@ -202,7 +202,7 @@ def test_strides_are_read_where_they_lie(classes: int) -> None:
     """A slice of wider logits is neither copied nor read beyond its edges."""
     traffic, logits, _ = run(STEPS["training"], (3, classes), slice(2, -3))
     for x in logits:
-        assert (traffic.loaded(x) == (1 if classes <= 4096 else 2)).all()
+        assert (traffic.loaded(x) == (1 if classes <= launch.ROWS_UP_TO else 2)).all()
     assert traffic.bytes_outside() == 0
 
 
@@ -212,7 +212,7 @@ def test_the_counter_sees_what_it_should() -> None:
     import triton.language as tl
 
     @triton.jit
-    def twice(x, n: tl.constexpr):  # type: ignore[no-untyped-def]
+    def twice(x, n: tl.constexpr):
         for _ in range(2):
             tl.store(x + tl.arange(0, n), 1.0)
 

@@ -10,7 +10,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from cktat_loss import reference
 from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.forms import FLOAT64
+from tests.variants import FLOAT64
 
 # torch's own, when it first loads its forward mode.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.script")

@@ -1,0 +1,106 @@
+"""Variants of the computation. Each takes (clean, adv, teacher, tau, beta, y or nothing).
+
+Each returns the loss per row, (N,), and the gradients of the rows' sum for clean and adv.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from cktat_loss import _autograd, _plain, adaptive_beta, functional
+from tests import oracle
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+class Variant(NamedTuple):
+    run: Callable[..., Result]
+    labelled: bool = False  # adds labels to the arguments
+
+    def __call__(self, *args: Any) -> Result:
+        return self.run(*args, labels(args[1])) if self.labelled else self.run(*args)
+
+    def truth(self, *args: Any) -> oracle.Truth:
+        """Compute with the oracle what the variant computes."""
+        return oracle.truth(*args, labels(args[1])) if self.labelled else oracle.truth(*args)
+
+
+def labels(adv: Tensor) -> Tensor:
+    return torch.arange(adv.shape[0]) % adv.shape[1]
+
+
+def _differentiate(loss: Callable[..., Tensor], clean: Tensor, adv: Tensor, *others: Any) -> Result:
+    clean, adv = clean.detach().requires_grad_(), adv.detach().requires_grad_()
+    out = loss(clean, adv, *others)
+    return out.detach(), *torch.autograd.grad(out.sum(), (clean, adv))
+
+
+def _loss(*args: Any, reduction: Any = "none") -> Tensor:
+    return functional.cktat_loss(*args[:5], y=args[5] if len(args) > 5 else None, reduction=reduction)
+
+
+def _sum_of_terms(*args: Any) -> Tensor:
+    (guidance, consistency), beta = functional.cktat_terms(*args[:4]), args[4]
+    if len(args) > 5:  # cast, because weights of float32 logits are float32 even if other logits are float64
+        beta = adaptive_beta(args[1].to(guidance.dtype), args[5], beta)
+    return guidance + (beta.to(guidance.dtype) if isinstance(beta, Tensor) else beta) * consistency
+
+
+def _rows(*args: Any) -> Result:
+    return _differentiate(_loss, *args)
+
+
+def _total(*args: Any) -> Result:
+    """Take the gradients from a sum, as in training. The rows come from a call without gradients."""
+    rows = _loss(args[0].detach(), args[1].detach(), *args[2:])
+    total, *gradients = _differentiate(lambda *args: _loss(*args, reduction="sum"), *args)
+    torch.testing.assert_close(total, rows.sum(), rtol=1e-5, atol=1e-9, equal_nan=True)
+    return rows, *gradients
+
+
+def _transformed(clean: Tensor, adv: Tensor, *others: Any) -> Result:
+    rows, vjp = torch.func.vjp(lambda c, a: _loss(c, a, *others), clean.detach(), adv.detach())
+    return rows, *vjp(torch.ones_like(rows))
+
+
+def _compiled(*args: Any) -> Result:
+    torch.compiler.reset()  # every shape and dtype is compiled, and their number is limited
+    return _differentiate(torch.compile(_loss, backend="aot_eager", fullgraph=True), *args)
+
+
+def _streaming(*args: Any) -> Result:
+    """Stream six rows that would fit into registers: three per row, three as a sum. The interpreter is slow."""
+    from cktat_loss.kernels import launch
+
+    block, parts = 32 if args[0].shape[1] <= 330 else launch.STREAMING_BLOCK, []
+    for some, run in ((slice(0, 3), _rows), (slice(3, 6), _total), (slice(6, None), _rows)):
+        limit = 0 if some.stop else launch.ROWS_UP_TO
+        find_plan = launch.find_plan.__wrapped__  # the plans of other sizes are cached
+        with patch.multiple(launch, STREAMING_BLOCK=block, ROWS_UP_TO=limit, find_plan=find_plan):
+            parts.append(run(*(x[some] if isinstance(x, Tensor) and x.ndim else x for x in args)))
+    rows, d_clean, d_adv = map(torch.cat, zip(*parts, strict=True))
+    return rows, d_clean, d_adv
+
+
+NOT_ON_KERNELS, ON_KERNELS = pytest.mark.not_on("interpreter", "gpu"), pytest.mark.not_on("torch")
+FLOAT64 = pytest.param(torch.float64, marks=NOT_ON_KERNELS)  # which the kernels do not support
+DTYPES = (FLOAT64, torch.float32, torch.float16, torch.bfloat16)
+
+rows, labelled = Variant(_rows), Variant(_total, labelled=True)
+compiled, streaming = Variant(_compiled), Variant(_streaming)
+plain = Variant(patch.object(_autograd, "choose", lambda *_: _plain)(_rows))
+_EACH = [
+    pytest.param(rows, id="rows"),
+    pytest.param(labelled, id="labels"),
+    pytest.param(plain, id="plain", marks=NOT_ON_KERNELS),
+    pytest.param(Variant(_transformed), id="transformed", marks=NOT_ON_KERNELS),
+    pytest.param(Variant(lambda *args: _differentiate(_sum_of_terms, *args)), id="terms", marks=NOT_ON_KERNELS),
+    pytest.param(Variant(_total), id="total", marks=ON_KERNELS),
+    pytest.param(streaming, id="streaming", marks=ON_KERNELS),
+]
+EACH_VARIANT = pytest.mark.parametrize("variant", _EACH)
+EACH_UNLABELLED_VARIANT = pytest.mark.parametrize("variant", [p for p in _EACH if p.values[0] is not labelled])
