@@ -1,86 +1,112 @@
-"""What a trained network is worth, and whether the attacks that say so can be trusted."""
+"""The attacks of the study, and the accuracies that a record holds."""
+
+import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from attacks import Budget, pgd_attack
-from data import Images
-from evaluate import Evaluation
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
-BATCH = 300  # images at once
-APGD, STANDARD = Budget(apgd_steps=50, targets=3), Budget()
+from examples.pgd import pgd
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, C) and classes (N,) to one value per image
+_LOSS = "loss" if "loss" in inspect.signature(pgd).parameters else "objective"  # its name in 0.3 and before
 
 
-def on_validation(model: nn.Module, images: Images, eps: float, source: nn.Module | None) -> dict[str, float | None]:
-    """Accuracies and signs of gradient masking, by the names of records.RUN.
+def attacked(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    steps: int,
+    loss: Loss | str = "ce",
+    start: Tensor | None = None,
+) -> Tensor:
+    """Return PGD's images within eps (Linf) of x, after steps of eps/4.
 
     Args:
-        model: on the device to run on, in eval mode afterwards.
-        images: to attack within eps (Linf, of pixels in [0, 1]).
-        source: a network whose adversarial images to try too.
+        x: images (N, 1, H, W) in [0, 1].
+        loss: maximised by the attack: "ce", TRADES' "kl", or a function.
+        start: images to start from. None: random points of the ball.
     """
-    names = {"clean": "natural", "PGD-20": "pgd20", "CW-30": "cw30", "APGD-CE": "apgd_ce", "APGD-T": "apgd"}
-    right = _right(model, images, ("pgd20", "cw", "apgd"), eps, APGD)
-    if source is not None:
-        source.to(_device(model)).eval().requires_grad_(False)
-    parts = [_on_batch(model, x, y, eps, source) for x, y in DataLoader(images, BATCH)]
-    confidence, zero, nonlinearity, transfer = (torch.cat(part).double() for part in zip(*parts, strict=True))
+    return pgd(net, x, y, eps=eps, step=eps / 4, steps=steps, start=start, **{_LOSS: loss})
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the largest wrong logit minus the label's, per image: CW's loss."""
+    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def on_validation(
+    net: nn.Module, x: Tensor, y: Tensor, eps: float, source: nn.Module | None
+) -> dict[str, float | None]:
+    """Return accuracies and signs of gradient masking, by the names of the columns of runs.csv.
+
+    Args:
+        net: in eval mode, its parameters frozen.
+        source: network whose adversarial images are tried on `net` ("transfer"). None: not measured.
+    """
+    with torch.enable_grad():
+        inputs = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(inputs), y, reduction="sum"), inputs)
+    by_apgd = apgd(net, x, y, eps)
     return {
-        **{name: right[attack] for attack, name in names.items()},
-        "transfer": transfer.mean().item() if source is not None else None,
-        "zero_gradients": zero.mean().item(),
-        "nonlinearity": nonlinearity.median().item(),
-        "confidence": confidence.mean().item(),
+        "natural": share(net(x).argmax(1) == y),
+        "pgd20": _under_pgd(net, x, y, eps, 20),
+        "cw30": _under_pgd(net, x, y, eps, 30, margin),
+        "apgd": share(by_apgd["apgd"]),
+        "apgd_ce": share(by_apgd["apgd_ce"]),
+        "transfer": _under_pgd(net, x, y, eps, 20, source=source) if source else None,
+        "zero_gradients": share((gradient.flatten(1) == 0).all(1)),
     }
 
 
-def on_test(model: nn.Module, images: Images, eps: float, autoattack_images: int) -> dict[str, float]:
-    """The final read: of all test images, and AutoAttack's standard version on the first so many."""
-    whole = _right(model, images, ("pgd20", "apgd"), eps, APGD)
-    some = Subset(images, range(min(autoattack_images, len(images))))
+@torch.no_grad()
+def on_test(net: nn.Module, x: Tensor, y: Tensor, eps: float, autoattack_images: int) -> dict[str, float | None]:
+    """Return the accuracies on all test images, and under standard AutoAttack on the first `autoattack_images`."""
+    some, labels = x[:autoattack_images], y[:autoattack_images]
+    auto = AutoAttack(net, norm="Linf", eps=eps, seed=0, device="cpu")
+    _, predicted = auto.run_standard_evaluation(some, labels)
     return {
-        "test_natural": whole["clean"],
-        "test_pgd20": whole["PGD-20"],
-        "test_apgd": whole["APGD-T"],
-        "test_autoattack": _right(model, some, ("autoattack",), eps, STANDARD)["AutoAttack"],
+        "test_natural": share(net(x).argmax(1) == y),
+        "test_pgd20": _under_pgd(net, x, y, eps, 20),
+        "test_apgd": share(apgd(net, x, y, eps)["apgd"]),
+        "test_autoattack": share(predicted == labels),
         "test_autoattack_images": len(some),
     }
 
 
-def _right(
-    model: nn.Module, images: Images | Subset, attacks: tuple[str, ...], eps: float, budget: Budget
-) -> dict[str, float]:
-    """The share of images that are still right after each attack."""
-    evaluation = Evaluation(model, images, eps=eps, device=_device(model))
-    evaluation.run(attacks, budget)
-    return {name: hits.double().mean().item() for name, hits in evaluation.hits.items()}
+def apgd(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
+    """Return which images are right after APGD-CE (50 steps), and after APGD-T (3 targets x 50 steps) on those left."""
+    how = {"norm": "Linf", "eps": eps, "n_iter": 50, "seed": 0, "device": "cpu"}
+    attacks = {
+        "apgd_ce": APGDAttack(net, loss="ce", **how),
+        "apgd": APGDAttack_targeted(net, n_target_classes=3, **how),
+    }
+    right, found = net(x).argmax(1) == y, {}
+    for name, attack in attacks.items():
+        if right.any():
+            right[right.clone()] = net(attack.perturb(x[right], y[right])).argmax(1) == y[right]
+        found[name] = right.clone()
+    return found
 
 
-def _on_batch(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, source: nn.Module | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Image by image: the largest probability; whether the cross-entropy l has no gradient g; how far it is from linear
-    on the way d of an attack, |l(x + d) - l(x) - d g| / l(x + d), after Qin et al. 2019 (arXiv 1907.02610); whether
-    it withstands the source's adversarial image."""
-    x, y = x.to(_device(model)), y.to(_device(model))
-    inputs = x.clone().requires_grad_()
-    logits = model(inputs)
-    loss = F.cross_entropy(logits, y, reduction="none")
-    (gradient,) = torch.autograd.grad(loss.sum(), inputs)
-    x_adv = _attacked(model, x, y, eps)
-    with torch.no_grad():
-        there = F.cross_entropy(model(x_adv), y, reduction="none")
-        linear = loss + ((x_adv - x) * gradient).flatten(1).sum(1)
-        right = torch.zeros_like(y) if source is None else model(_attacked(source, x, y, eps)).argmax(1) == y
-    zero = gradient.flatten(1).abs().amax(1) == 0
-    return logits.detach().softmax(1).amax(1), zero, (there - linear).abs() / there.clamp_min(1e-6), right
+def share(hits: Tensor) -> float:
+    """Return the share of True."""
+    return hits.double().mean().item()
 
 
-def _attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    torch.manual_seed(0)
-    return pgd_attack(model, steps=20, norm="linf", eps=eps).perturb(x, y)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _under_pgd(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    steps: int,
+    loss: Loss | str = "ce",
+    source: nn.Module | None = None,
+) -> float:
+    torch.manual_seed(0)  # the same random start for every network
+    return share(net(attacked(source or net, x, y, eps, steps, loss)).argmax(1) == y)

@@ -1,97 +1,89 @@
-"""The study's records as pandas tables: a row a run in runs.csv, a row an epoch of each run in curves.csv.
+"""The CSVs of the study: one row per run, and one row per epoch of each run.
 
-Accuracies and shares are in [0, 1]; an empty cell means that it was not measured.
+Accuracies and shares are in [0, 1]. An empty cell means that it was not measured.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from runtime import replacing
 
-from benchmarks.study.grid import SETTINGS
+from benchmarks.study.grid import METHODS, Run
 
-Columns = Mapping[str, type]
-# The first five tell two runs of a version apart.
-WHICH = {"dataset": str, "arch": str, "method": str, "eps": float, "seed": int}
-RUN = {
-    "dataset": str, "arch": str, "method": str,
-    "options": str,  # of the training command, and after a bar what the study changed of the method
-    "eps": float, "seed": int, "split_seed": int, "epochs": int,
-    # Of the validation images.
-    "natural": float,  # accuracy on clean images
-    "pgd20": float,  # under PGD on the cross-entropy, 20 steps of eps/4
-    "cw30": float,  # under PGD on the margin, 30 steps
-    "apgd": float,  # under APGD-CE with 50 steps, then APGD-T with 3 targets x 50 steps on those still right
-    # Of them too, signs of gradient masking.
-    "apgd_ce": float,  # after the first of the two
-    "transfer": float,  # on the adversarial images of the PGD-AT run with the same seed
-    "zero_gradients": float,  # share of images whose cross-entropy has no gradient in float32
-    "nonlinearity": float,  # median of |loss(x + d) - loss(x) - d * gradient| / loss(x + d), d of the attack
-    "confidence": float,  # mean of the largest probability on clean images
-    # Of the test images.
-    "test_natural": float, "test_pgd20": float, "test_apgd": float,
-    "test_autoattack": float, "test_autoattack_images": float,  # standard AutoAttack, on the first so many
-    # How it was made.
-    "train_seconds": float, "measure_seconds": float,
-    "device": str, "python": str, "torch": str, "cktat_loss": str, "date": str,
-}  # fmt: skip
-EPOCH = {
-    **WHICH, "epoch": int,
-    "clean_accuracy": float, "pgd_accuracy": float,  # of the validation images; PGD with 10 steps
-    "guidance": float, "consistency": float,  # of the training images
-    # Percentiles over the validation images of softmax(S(x'))[y]: the adaptive weight of each is beta times that.
-    **{f"label_probability_p{percent:02}": float for percent in (5, 25, 50, 75, 95)},
-}  # fmt: skip
-REPLICATION = {
-    **WHICH,
-    "clean_guidance": float, "clean_label": float,  # weights of KL(softmax(T(x)/tau) || softmax S(x)), CE(S(x), y)
-    "split_seed": int, "epochs": int,
-    "natural": float, "pgd20": float, "apgd": float, "apgd_ce": float, "confidence": float,
-    "most_predicted": float,  # share of images that got the most frequent prediction
+RESULTS = Path(__file__).parents[2] / "docs" / "study"
+LATER = "-0.3"  # in the file names of the runs by the training loop of version 0.3
+KEY = ["dataset", "arch", "method", "eps", "seed"]  # one run of a version
+COLUMNS = {
+    "runs": [
+        "dataset", "arch", "method", "options", "eps", "seed", "split_seed", "epochs",
+        # Validation images. "apgd" is APGD-CE, then APGD-T on the images that are left, "apgd_ce" is the first alone.
+        "natural", "pgd20", "cw30", "apgd", "apgd_ce",
+        # Signs of gradient masking. Runs from 0.3 on leave out "nonlinearity" and "confidence".
+        "transfer", "zero_gradients", "nonlinearity", "confidence",
+        "test_natural", "test_pgd20", "test_apgd", "test_autoattack", "test_autoattack_images",
+        "train_seconds", "measure_seconds", "device", "python", "torch", "cktat_loss", "date",
+    ],
+    "curves": [
+        *KEY, "epoch", "clean_accuracy", "pgd_accuracy", "guidance", "consistency",
+        # Percentiles of softmax(S(x'))[y] over the validation images, which is adaptive beta_i / beta.
+        *(f"label_probability_p{percent:02}" for percent in (5, 25, 50, 75, 95)),
+    ],
 }  # fmt: skip
 
 
-def key(columns: Iterable[str]) -> list[str]:
-    """The columns of a table by which its lines are told apart and sorted."""
-    return [name for name in columns if name in (*WHICH, "epoch")]
+def published(name: str) -> pd.DataFrame:
+    """Return a committed CSV: "runs" and "curves" are by version 0.1.0, "runs-0.2" by 0.2, and so on."""
+    return pd.read_csv(RESULTS / f"{name}.csv")
 
 
-def frame(rows: Iterable[Mapping[str, object]], columns: Columns) -> pd.DataFrame:
-    """Rows as a table with these columns, sorted by what the run is."""
-    table = pd.DataFrame([*rows], columns=[*columns]).astype(columns)
-    table["eps"] = table["eps"].map("{:.6g}".format).astype(float)  # as it comes back from a CSV: 8/255 has no end
-    return table.sort_values(key(columns), ignore_index=True)
-
-
-def read(path: Path, columns: Columns) -> pd.DataFrame:
-    """A CSV that `write` wrote.
+def finished(folder: Path) -> dict[str, pd.DataFrame]:
+    """Return "runs" and "curves" of all records in a folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it has other columns.
+        ValueError: a record was made with other settings than its method has now.
     """
-    table = pd.read_csv(path, dtype=columns)
-    if [*table.columns] != [*columns]:
-        raise ValueError(f"{path} must have the columns {', '.join(columns)}; got {', '.join(table.columns)}")
-    return table
+    runs, epochs = [], []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        run = record["run"]
+        if run["options"] != (wanted := METHODS[run["method"]].settings):
+            raise ValueError(f"{path} was made with the settings {run['options']!r}, not {wanted!r}: use another --out")
+        runs.append(run)
+        epochs += [{**{name: run[name] for name in KEY}, **row} for row in record["epochs"]]
+    rows = {"runs": runs, "curves": epochs}
+    return {name: pd.DataFrame(rows[name], columns=columns).sort_values(KEY) for name, columns in COLUMNS.items()}
 
 
-def write(path: Path, table: pd.DataFrame) -> None:
-    """The table as a CSV, floats with six digits, in one move."""
-    with replacing(path) as file:
-        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+def write(tables: dict[str, pd.DataFrame], folder: Path, suffix: str = "") -> None:
+    """Write "runs" and "curves" as CSVs, floats with six digits."""
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}{suffix}.csv", index=False, float_format="%.6g", lineterminator="\n")
 
 
-def select(records: pd.DataFrame, dataset: str, eps: float | None = None, arch: str | None = None) -> pd.DataFrame:
-    """The rows of a data set, at its first radius unless another is named, with its own network unless another is."""
-    setting = SETTINGS[dataset]
-    radius = float(f"{setting.eps[0] if eps is None else eps:.6g}")
-    own = (records["dataset"] == dataset) & (records["arch"] == (arch or setting.arch))
-    return records[own & (records["eps"] == radius)]
+def take_in(folder: Path, into: Path = RESULTS) -> None:
+    """Add the records of a folder to the committed CSVs of this version. No run that they have is lost."""
+    tables = finished(folder)
+    for name, key in {"runs": KEY, "curves": [*KEY, "epoch"]}.items():
+        if (path := into / f"{name}{LATER}.csv").exists():
+            both = pd.concat([pd.read_csv(path), tables[name]] if len(tables[name]) else [pd.read_csv(path)])
+            tables[name] = both.drop_duplicates(key, keep="last").sort_values(key)
+    write(tables, into, LATER)
 
 
-def by_method(found: pd.DataFrame, methods: Iterable[str]) -> dict[str, pd.DataFrame]:
-    """The rows of each method that has any, in the order of the methods."""
-    groups = dict(iter(found.groupby("method", sort=False)))
-    return {method: groups[method] for method in dict.fromkeys(methods) if method in groups}
+def unread(claimed: Iterable[Run], folder: Path, autoattack_images: int) -> list[Run]:
+    """Return the runs whose test images nobody has read: test images are read once per run.
+
+    Raises:
+        ValueError: some were read with another number of images for AutoAttack, and would not be pairs of the rest.
+    """
+    runs = finished(folder)["runs"].dropna(subset=["test_natural"])
+    read = {Run(*row) for row in runs[KEY].itertuples(index=False)}
+    left = [run for run in claimed if run not in read]
+    others = {*runs.loc[runs["dataset"].isin({run.dataset for run in left}), "test_autoattack_images"]}
+    if others - {autoattack_images}:
+        raise ValueError(
+            f"--autoattack-images must be {others.pop():g}, as for the runs that were read already; "
+            f"got {autoattack_images}"
+        )
+    return left
