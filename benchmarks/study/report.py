@@ -11,22 +11,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("docs/study.md", "benchmarks/results/study.md", "README.md")
 
 
-def blocks() -> dict[str, str]:
-    """Return the content of every block by its name."""
-    first, second, replication = (published(name) for name in ("runs", "runs-0.2", "replication"))
-    third = published(f"runs{LATER}") if (RESULTS / f"runs{LATER}.csv").exists() else second[:0]
-    return tables.blocks(first, second, third, replication)
-
-
 def report(root: Path = ROOT) -> None:
-    """Draw all figures, and rewrite every block of the pages that have its markers.
-
-    Args:
-        root: has the pages and docs/study.
-
-    Raises:
-        ValueError: a page has one marker of a block without the other. Nothing has been written then.
-    """
+    """Draw all figures, and rewrite the blocks of every page. An error leaves all files as they were."""
     contents: dict[Path, bytes] = {}
     for name, figure in figures.all_figures(published("runs"), published("curves")).items():
         picture = io.BytesIO()
@@ -39,8 +25,15 @@ def report(root: Path = ROOT) -> None:
         path.write_bytes(content)
 
 
+def blocks() -> dict[str, str]:
+    """Return the content of every block by its name."""
+    first, second, replication = (published(name) for name in ("runs", "runs-0.2", "replication"))
+    third = published(f"runs{LATER}") if (RESULTS / f"runs{LATER}.csv").exists() else second[:0]
+    return tables.blocks(first, second, third, replication)
+
+
 def with_blocks(text: str, contents: dict[str, str]) -> str:
-    """Return the text of a page, with the content of each block that it has markers for."""
+    """Return the text of a page, with the content of each block that it has a marker of."""
     for name, content in contents.items():
         if f": {name} -->" in text:
             text = markdown.replaced(text, name, content)

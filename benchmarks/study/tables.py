@@ -1,43 +1,129 @@
 """The study's tables in Markdown, from its CSVs, so that no number in the documentation is typed.
 
-A table without lines is "".
+Accuracies are in %, mean ± standard deviation over seeds. Differences are in points, paired by seed, and bold if their
+interval leaves out 0. A table without lines is "".
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from math import isnan, nan
+from statistics import fmean
 
 import pandas as pd
+from scipy.stats import ttest_1samp
 
 from benchmarks import markdown
 from benchmarks.study import grid
-from benchmarks.study.cells import (
-    NAMES,
-    by_method,
-    counts,
-    difference,
-    interval,
-    level,
-    measured,
-    named,
-    paired,
-    percent,
-    place,
-    select,
-    signed,
-)  # fmt: skip
 from benchmarks.study.claims import CLAIMS, FIRST, SECOND, Claim
 from benchmarks.study.grid import METHODS, SETTINGS, SHOWN
 
+NAMES = {"natural": "natural", "pgd20": "PGD-20", "cw30": "CW-30", "apgd": "APGD", "transfer": "transfer"}
+NAMES |= {"autoattack": "AutoAttack"}
 TESTS = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack")
+COLLAPSED, DEAD = 0.2, 0.5  # natural accuracies; a constant prediction has 0.1
 EACH = "\n95 % for each interval by itself.\n"
 Groups = Mapping[str, pd.DataFrame]  # the runs of each line of a table
 Column = tuple[str, Callable[[str, pd.DataFrame], object]]  # a head, and the cell of a line from its name and runs
 
+# Rows and pairs.
 
-def listing(groups: Groups, columns: Sequence[Column], head: str = "method") -> str:
-    """Return a table with one line per group."""
-    lines = [[named(name, runs), *(cell(name, runs) for _, cell in columns)] for name, runs in groups.items()]
-    return markdown.table([head, *(name for name, _ in columns)], lines)
+
+def select(runs: pd.DataFrame, dataset: str, eps: float | None = None, arch: str = "digits") -> pd.DataFrame:
+    """Return the rows of a data set. `eps` None: its first radius."""
+    own = (runs["dataset"] == dataset) & (runs["arch"] == arch)
+    return runs[own & (runs["eps"] == (SETTINGS[dataset].eps[0] if eps is None else eps))]
+
+
+def by_method(runs: pd.DataFrame, methods: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """Return the rows of each method that has any, in the order of `methods`."""
+    groups = dict(iter(runs.groupby("method", sort=False)))
+    return {method: groups[method] for method in dict.fromkeys(methods) if method in groups}
+
+
+def paired(ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, *same: str) -> pd.Series:
+    """Return the differences in points of the runs that agree in data, split, network, radius, seed and `same`.
+
+    Raises:
+        ValueError: a run is there twice.
+    """
+    pair = ["dataset", "split_seed", "arch", "eps", "seed", *same]
+    if measure == "test_autoattack":  # accuracies on different images are no pair
+        pair.append("test_autoattack_images")
+    ours, theirs = (runs.dropna(subset=[measure]) for runs in (ours, theirs))
+    for runs in (ours, theirs):
+        if len(twice := runs[runs.duplicated(pair)]):
+            raise ValueError(f"each run must be there once, got two of {twice.iloc[0][['method', *pair]].to_dict()}")
+    return 100 * (ours.set_index(pair)[measure] - theirs.set_index(pair)[measure]).dropna()
+
+
+def interval(differences: pd.Series, comparisons: int = 1) -> tuple[float, float, float]:
+    """Return the mean and the ends of its 95 % interval, by Student's t.
+
+    There is no interval (NaN) for one pair, or if all differences are equal: then the images are too few to tell the
+    seeds apart, and an interval of no width would claim a certainty.
+
+    Args:
+        comparisons: the number of intervals in the table, for Bonferroni's correction.
+    """
+    if len(differences) < 2 or differences.std() < 1e-3:  # points; a CSV has six digits
+        return differences.mean(), nan, nan
+    low, high = ttest_1samp(differences, 0).confidence_interval(1 - 0.05 / comparisons)
+    return differences.mean(), low, high
+
+
+# Cells.
+
+
+def percent(shares: pd.Series) -> str:
+    """Format a mean and its spread. A count follows if some values are missing."""
+    known = shares.dropna()
+    if known.empty:
+        return "-"
+    spread = f" ± {100 * known.std():.1f}" if len(known) > 1 else ""
+    return f"{100 * fmean(known):.1f}{spread}" + ("" if len(known) == len(shares) else f" (n = {len(known)})")
+
+
+def signed(value: float) -> str:
+    """Format a difference with its sign. Zero has none, and NaN becomes a dash."""
+    text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "-" if isnan(value) else "0.0" if text[1:] == "0.0" else text
+
+
+def difference(differences: pd.Series, comparisons: int = 1) -> str:
+    """Format a mean difference and its interval."""
+    mean, low, high = interval(differences, comparisons)
+    text = signed(mean) if isnan(low) else f"{signed(mean)} [{signed(low)}, {signed(high)}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def level(comparisons: int) -> str:
+    """Return the line below a table that says how its intervals are corrected."""
+    return f"\n95 % for all {comparisons} intervals together, by Bonferroni's correction.\n" if comparisons else ""
+
+
+def named(text: str, runs: pd.DataFrame) -> str:
+    """Append how many runs collapsed to a constant prediction, because a mean over them says little."""
+    collapsed = int((runs["natural"] < COLLAPSED).sum())
+    some = "" if collapsed == len(runs) else f"{collapsed} of {len(runs)} "
+    return f"{text} ({some}collapsed)" if collapsed else text
+
+
+def place(dataset: str, eps: float | None = None) -> str:
+    """Name a data set and a radius. `eps` None: its first radius."""
+    return f"{dataset}, eps {SETTINGS[dataset].eps[0] if eps is None else eps:g}"
+
+
+def measured(name: str, runs: pd.DataFrame) -> str:
+    """Name a measure and its images. AutoAttack has the first so many test images."""
+    images = [f"{count:g}" for count in sorted({*runs["test_autoattack_images"].dropna()})]
+    first = f"first {' or '.join(images)} " if images and name == "test_autoattack" else ""
+    return f"{NAMES[name.removeprefix('test_')]}, {first}{'test' if name.startswith('test_') else 'validation'}"
+
+
+def counts(groups: Iterable[pd.DataFrame]) -> str:
+    """Return the number of runs of each group, or one number if all are equal."""
+    numbers = [str(len(runs)) for runs in groups]
+    return numbers[0] if len({*numbers}) == 1 else " / ".join(numbers)
 
 
 def accuracy(measure: str, head: str = "") -> Column:
@@ -55,6 +141,14 @@ SEEDS: Column = ("seeds", lambda _, runs: len(runs))
 ZERO: Column = ("zero gradients, %", lambda _, runs: f"{100 * runs['zero_gradients'].mean():.1f}")
 ACCURACIES = accuracy("natural"), accuracy("pgd20"), accuracy("apgd")
 
+# Tables.
+
+
+def listing(groups: Groups, columns: Sequence[Column], head: str = "method") -> str:
+    """Return a table with one line per group."""
+    lines = [[named(name, runs), *(cell(name, runs) for _, cell in columns)] for name, runs in groups.items()]
+    return markdown.table([head, *(name for name, _ in columns)], lines)
+
 
 def methods_table(runs: pd.DataFrame) -> str:
     """Return the settings of the methods. The tables of the sweeps and of the search explain theirs."""
@@ -63,25 +157,23 @@ def methods_table(runs: pd.DataFrame) -> str:
     return markdown.table(["method", "what it is", "settings"], lines).replace("``", "the defaults")
 
 
-def page_table(runs: pd.DataFrame, dataset: str) -> str:
-    """Return the table of docs/study.md: each method's accuracies, and its lead over PGD-AT in APGD.
-
-    The leads are those of `difference_table`, and corrected as there.
-    """
-    groups = by_method(select(runs, dataset), SHOWN)
-    pairs = {
-        name: [paired(own, groups["pgd-at"], measure, "epochs") for measure in ("natural", "apgd")]
-        for name, own in groups.items() if name not in ("clean", "pgd-at")
-    }  # fmt: skip
-    shown = sum(len(found) > 1 for both in pairs.values() for found in both)
-    lead: Column = ("APGD − pgd-at", lambda name, _: difference(pairs[name][1], shown) if name in pairs else "-")
-    return listing(groups, [ABOUT, accuracy("natural"), accuracy("apgd"), lead, SEEDS]) + level(shown)
-
-
 def main_table(runs: pd.DataFrame, dataset: str, eps: float, more: Sequence[str] = ()) -> str:
     """Return accuracies on validation images, then signs of gradient masking, of SHOWN and `more`."""
     columns = *ACCURACIES, gap("pgd20"), gap("cw30"), gap("transfer"), ZERO, SEEDS
     return listing(by_method(select(runs, dataset, eps), (*SHOWN, *more)), columns)
+
+
+def page_table(runs: pd.DataFrame, dataset: str) -> str:
+    """Return the table of docs/study.md: accuracies, and the lead over PGD-AT as in `difference_table`."""
+    groups = by_method(select(runs, dataset), SHOWN)
+    shown = 2 * (len(groups) - len(grid.NEEDED))
+
+    def lead(method: str, runs: pd.DataFrame) -> str:
+        pairs = paired(runs, groups["pgd-at"], "apgd", "epochs")
+        return "-" if method in grid.NEEDED else difference(pairs, shown)
+
+    columns: list[Column] = [ABOUT, ACCURACIES[0], ACCURACIES[2], ("APGD − pgd-at", lead), SEEDS]
+    return listing(groups, columns) + level(shown)
 
 
 def difference_table(runs: pd.DataFrame, dataset: str, eps: float, against: str = "pgd-at") -> str:
@@ -113,10 +205,7 @@ def compared(groups: Groups, others: Groups, head: str = "method", less: str = "
 
 
 def search_table(runs: pd.DataFrame, dataset: str) -> str:
-    """Return the search for a better recipe: each method less the one that it changes.
-
-    There are no intervals, because a search has too few seeds for them.
-    """
+    """Return the search for a recipe: each method less the one that it changes. Its seeds are too few for intervals."""
     groups = by_method(select(runs, dataset), METHODS)
 
     def changed(method: str) -> str:
@@ -132,11 +221,7 @@ def search_table(runs: pd.DataFrame, dataset: str) -> str:
 
 
 def paper_table(runs: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
-    """Return one of the paper's Tables 3a, 3b and 3c, on digits.
-
-    Args:
-        labels: the text of each method's line.
-    """
+    """Return one of the paper's Tables 3a, 3b and 3c on digits. `labels` has the text of each method's line."""
     groups = by_method(select(runs, "digits"), labels)
     return listing({str(labels[name]): group for name, group in groups.items()}, [*more, *ACCURACIES, SEEDS], head)
 
@@ -146,11 +231,9 @@ def capacity_table(runs: pd.DataFrame, dataset: str, eps: float) -> str:
     lines = []
     for method, group in by_method(runs, (*grid.CAPACITY, *grid.LARGER)).items():
         found = [select(group, dataset, eps, arch) for arch in grid.WIDTHS]
+        cells = [f"{percent(own['natural'])} / {percent(own['apgd'])}" if len(own) else "-" for own in found]
         if sum(len(own) > 0 for own in found) > 1:
-            both = [
-                named(f"{percent(own['natural'])} / {percent(own['apgd'])}", own) if len(own) else "-" for own in found
-            ]
-            lines.append([method, *both, counts(found)])
+            lines.append([method, *map(named, cells, found), counts(found)])
     widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
     return markdown.table(["method", *widths, "seeds"], lines)
 
@@ -163,10 +246,7 @@ def test_table(runs: pd.DataFrame, dataset: str, eps: float) -> str:
 
 
 def claims_table(runs: pd.DataFrame, claims: Sequence[Claim], comparisons: int) -> str:
-    """Return the claims and their outcome.
-
-    A claim holds if its whole interval is above 0, and is refuted if all of it is below. It is judged once all of its
-    seeds are there, and by no others.
+    """Return the claims and their outcome. A claim is judged once all of its seeds are there, and by no others.
 
     Args:
         comparisons: number of claims that the intervals are corrected for, earlier rounds included.
@@ -175,16 +255,11 @@ def claims_table(runs: pd.DataFrame, claims: Sequence[Claim], comparisons: int) 
     for claim in claims:
         found = select(runs, claim.dataset, claim.eps)
         found = found[found["seed"].isin(claim.seeds) & found["method"].isin([claim.better, claim.worse])]
-        sides = (found[found["method"] == method] for method in (claim.better, claim.worse))
-        pairs = paired(*sides, claim.measure)
-        cells: list[object] = ["-", "-", f"{len(pairs)} of {len(claim.seeds)}"]
-        if len(pairs) == len(claim.seeds):
-            _, low, high = interval(pairs, comparisons)
-            cells = [
-                difference(pairs, comparisons),
-                "yes" if low > 0 else "no" if high < 0 else "not shown",
-                len(pairs),
-            ]
+        pairs = paired(*(found[found["method"] == method] for method in (claim.better, claim.worse)), claim.measure)
+        _, low, high = interval(pairs, comparisons)
+        cells = [difference(pairs, comparisons), "yes" if low > 0 else "no" if high < 0 else "not shown", len(pairs)]
+        if len(pairs) < len(claim.seeds):
+            cells = ["-", "-", f"{len(pairs)} of {len(claim.seeds)}"]
         where = place(claim.dataset, claim.eps), f"{claim.better} > {claim.worse}", measured(claim.measure, found)
         lines.append([*where, *cells])
     return markdown.table(["where", "claim", "of", "difference", "holds", "pairs"], lines) + level(comparisons)
@@ -194,30 +269,22 @@ def readme_table(runs: pd.DataFrame) -> str:
     """Return the README's table: natural and robust accuracy on test images, with the number of seeds in the cell."""
     found = {dataset: select(runs, dataset).dropna(subset=["test_natural"]) for dataset in SETTINGS}
     robust = {claim.dataset: claim.measure for claim in FIRST}
-    columns = [(dataset, measure) for dataset in SETTINGS for measure in ("test_natural", robust[dataset])]
+    columns: list[Column] = []
+    for dataset, own in found.items():
+        for measure in ("test_natural", robust[dataset]):
 
-    def cell(own: pd.DataFrame, measure: str) -> str:
-        return f"{percent(own[measure])} (n = {len(own)})" if len(own) else "-"
+            def cell(_: str, runs: pd.DataFrame, dataset: str = dataset, measure: str = measure) -> str:
+                values = runs.loc[runs["dataset"] == dataset, measure]
+                return f"{percent(values)} (n = {len(values)})" if len(values) else "-"
 
-    rows = by_method(pd.concat(found.values()), SHOWN)
-    lines = [
-        [named(method, own), *(cell(own[own["dataset"] == dataset], measure) for dataset, measure in columns)]
-        for method, own in rows.items()
-    ]
-    heads = [f"{place(dataset)}: {measured(measure, found[dataset])}" for dataset, measure in columns]
-    return markdown.table(["method", *heads], lines)
-
-
-# The replication's methods, in the order of its table.
-REPLICATED = (
-    "pgd-at", "pgd-at-weighted-cold", "adaptive", "adaptive-cold", "literal", "literal-tau2", "detach", "detach-tau2",
-)  # fmt: skip
-DEAD = 0.5  # natural accuracy below which a run of the replication counts as dead
+            columns.append((f"{place(dataset)}: {measured(measure, own)}", cell))
+    return listing(by_method(pd.concat(found.values()), SHOWN), columns)
 
 
 def replication_table(runs: pd.DataFrame) -> str:
     """Return the replication: runs with another split and other seeds, and with terms added to the methods."""
-    ordered = runs.assign(method=pd.Categorical(runs["method"], REPLICATED))
+    first = ("pgd-at", "pgd-at-weighted-cold", "adaptive", "adaptive-cold", "literal", "literal-tau2", "detach")
+    ordered = runs.assign(method=pd.Categorical(runs["method"], [*first, "detach-tau2"]))
     groups, lines = dict(iter(ordered.groupby(["method", "clean_label", "clean_guidance"], observed=True))), []
     for (method, label, guidance), group in groups.items():
         added = f"{label:g} CE(S(x), y)" if label else f"clean guidance {guidance:g}" if guidance else "-"
@@ -231,13 +298,12 @@ def replication_table(runs: pd.DataFrame) -> str:
 
 def together_table(replication: pd.DataFrame, runs: pd.DataFrame) -> str:
     """Return what clean guidance adds to `adaptive` on digits, in the study and in the replication."""
-    names = {0: "adaptive", 1: "adaptive-clean-guidance"}
     again = replication[(replication["method"] == "adaptive") & (replication["clean_label"] == 0)]
-    again = again.assign(method=again["clean_guidance"].map(names))
-    parts = {
-        where: paired(*(found[found["method"] == names[guided]] for guided in (1, 0)), "apgd")
-        for where, found in (("the study", runs), ("the replication", again))
-    }
+    again = again.assign(method=again["clean_guidance"].map({0: "adaptive", 1: "adaptive-clean-guidance"}))
+    parts = {}
+    for where, found in (("the study", runs), ("the replication", again)):
+        sides = (found[found["method"] == name] for name in ("adaptive-clean-guidance", "adaptive"))
+        parts[where] = paired(*sides, "apgd")
     parts["both"] = pd.concat(parts.values())
     lines = [[name, difference(values), len(values)] for name, values in parts.items()]
     return markdown.table(["runs of", "APGD, adaptive-clean-guidance − adaptive", "pairs"], lines) + EACH
@@ -245,15 +311,11 @@ def together_table(replication: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 def provenance(runs: pd.DataFrame) -> str:
     """Return a line with every value of epochs, split, device, versions and dates that occurs."""
-    epochs, split, device, torch, python, version = (
-        ", ".join(map(str, sorted(runs[name].unique())))
-        for name in ("epochs", "split_seed", "device", "torch", "python", "cktat_loss")
-    )
+    names = ("epochs", "split_seed", "device", "torch", "python", "cktat_loss")
+    values = [", ".join(map(str, sorted(runs[name].unique()))) for name in names]
     dates = " to ".join(sorted({runs["date"].min(), runs["date"].max()}))
-    return (
-        f"\n{grid.VALIDATION} validation images; {epochs} epochs, split seed {split}; {device}, torch {torch}, "
-        f"Python {python}, cktat-loss {version}, {dates}.\n"
-    )
+    text = "{} epochs, split seed {}; {}, torch {}, Python {}, cktat-loss {}, {}.\n".format(*values, dates)
+    return f"\n{grid.VALIDATION} validation images; {text}"
 
 
 def captioned(table: Callable[[pd.DataFrame, str, float], str], runs: pd.DataFrame, dataset: str | None = None) -> str:

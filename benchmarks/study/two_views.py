@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.study import grid
-from benchmarks.study.measure import attacked, margin, share
+from benchmarks.study.one_run import BATCH, WEIGHT_DECAY, Images, attacked, learning_rate, loss_of, margin, share
 from benchmarks.study.records import RESULTS
-from benchmarks.study.training import BATCH, WEIGHT_DECAY, Images, learning_rate, loss_of
 from cktat_loss import warm_start
 
 EPS, EPOCHS, PEAK, FAINT = 0.2, 20, 0.1, 0.3
