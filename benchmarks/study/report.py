@@ -3,8 +3,10 @@
 import io
 from pathlib import Path
 
+import matplotlib
+
 from benchmarks import markdown
-from benchmarks.study import figures, tables
+from benchmarks.study import figures, tables, two_views
 from benchmarks.study.records import LATER, RESULTS, published
 
 ROOT = Path(__file__).parents[2]
@@ -14,7 +16,10 @@ PAGES = ("docs/study.md", "benchmarks/results/study.md", "README.md")
 def report(root: Path = ROOT) -> None:
     """Draw all figures, and rewrite the blocks of every page. An error leaves all files as they were."""
     contents: dict[Path, bytes] = {}
-    for name, figure in figures.all_figures(published("runs"), published("curves")).items():
+    drawn = figures.all_figures(published("runs"), published("curves"))
+    with matplotlib.rc_context(figures.STYLE):
+        drawn["two_views"] = two_views.figure(two_views.read())
+    for name, figure in drawn.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})  # the same bytes from the same data
         contents[root / "docs" / "study" / f"{name}.png"] = picture.getvalue()
@@ -29,7 +34,7 @@ def blocks() -> dict[str, str]:
     """Return the content of every block by its name."""
     first, second, replication = (published(name) for name in ("runs", "runs-0.2", "replication"))
     third = published(f"runs{LATER}") if (RESULTS / f"runs{LATER}.csv").exists() else second[:0]
-    return tables.blocks(first, second, third, replication)
+    return tables.blocks(first, second, third, replication) | two_views.blocks(two_views.read())
 
 
 def with_blocks(text: str, contents: dict[str, str]) -> str:

