@@ -19,9 +19,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.study import one_run, records, report, tables
+from benchmarks.study import one_run, records, tables
 from benchmarks.study.claims import claimed
-from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, Run, grid
+from benchmarks.study.grid import METHODS, NEEDED, RESULTS, SETTINGS, Run, grid
 
 
 def do_all(runs: Sequence[Run], folder: Path, jobs: int, label: str, autoattack_images: int = 0) -> None:
@@ -59,7 +59,7 @@ def study(dataset: str, args: argparse.Namespace) -> None:
     for eps in SETTINGS[dataset].eps:
         if table := tables.main_table(here, dataset, eps, args.methods):
             print(f"\n{tables.place(dataset, eps)}, validation images\n\n{table}")
-            if (records.RESULTS / "runs.csv").exists():  # a source distribution leaves it out
+            if (RESULTS / "runs.csv").exists():  # a source distribution leaves it out
                 print(tables.agreement_table(here, records.published("runs"), dataset, eps))
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.report:
-            report.report()
+            records.report()
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
         for dataset in [args.dataset] if args.dataset else [*SETTINGS] if args.full else ["digits"]:

@@ -1,16 +1,22 @@
-"""The CSVs of the study: "runs" has one row per run, "curves" one row per epoch of each run.
+"""The CSVs of the study, and the tables and figures that the documentation has of them.
 
-Accuracies and shares are in [0, 1]. An empty cell means that it was not measured.
+"runs" has one row per run, "curves" one row per epoch of each run. Accuracies and shares are in [0, 1]. An empty cell
+means that it was not measured.
 """
 
+import io
 import json
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 
-from benchmarks.study.grid import METHODS
+from benchmarks import markdown
+from benchmarks.study import figures, tables, two_views
+from benchmarks.study.grid import METHODS, RESULTS
 
-RESULTS = Path(__file__).parents[2] / "docs" / "study"
+ROOT = Path(__file__).parents[2]
+PAGES = ("docs/study.md", "benchmarks/results/study.md", "README.md")
 LATER = "-0.3"  # in the file names of the runs by the training loop of version 0.3
 KEYS = {
     name: ["dataset", "arch", "method", "eps", "seed", *more] for name, more in (("runs", ()), ("curves", ["epoch"]))
@@ -45,3 +51,35 @@ def write(tables: dict[str, pd.DataFrame], folder: Path) -> None:
         if len(table):
             how = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
             table.sort_values(KEYS[name]).to_csv(folder / f"{name}.csv", **how)
+
+
+def report(root: Path = ROOT) -> None:
+    """Draw all figures, and rewrite the blocks of every page. An error leaves all files as they were."""
+    contents: dict[Path, bytes] = {}
+    drawn = figures.all_figures(published("runs"), published("curves"))
+    with matplotlib.rc_context(figures.STYLE):
+        drawn["two_views"] = two_views.figure(two_views.read())
+    for name, figure in drawn.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})  # the same bytes from the same data
+        contents[root / "docs" / "study" / f"{name}.png"] = picture.getvalue()
+    found = blocks()
+    for page in PAGES:
+        contents[root / page] = with_blocks((root / page).read_text(encoding="utf-8"), found).encode()
+    for path, content in contents.items():
+        path.write_bytes(content)
+
+
+def blocks() -> dict[str, str]:
+    """Return the content of every block by its name."""
+    first, second, replication = (published(name) for name in ("runs", "runs-0.2", "replication"))
+    third = published(f"runs{LATER}") if (RESULTS / f"runs{LATER}.csv").exists() else second[:0]
+    return tables.blocks(first, second, third, replication) | two_views.blocks(two_views.read())
+
+
+def with_blocks(text: str, contents: dict[str, str]) -> str:
+    """Return the text of a page, with the content of each block that it has a marker of."""
+    for name, content in contents.items():
+        if f": {name} -->" in text:
+            text = markdown.replaced(text, name, content)
+    return text

@@ -31,14 +31,13 @@ from tqdm import tqdm
 from benchmarks import markdown
 from benchmarks.study import grid
 from benchmarks.study.one_run import BATCH, WEIGHT_DECAY, Images, attacked, learning_rate, loss_of, margin, share
-from benchmarks.study.records import RESULTS
 from benchmarks.study.tables import difference, interval, level, percent
 from cktat_loss import warm_start
 
 EPS, EPOCHS, PEAK, FAINT = 0.2, 20, 0.1, 0.3
 MUS, SEEDS = (0.0, 0.4, 0.8), range(10, 15)
 TRAINING, HELD_OUT = 800, 400
-CSV = RESULTS / "two_views.csv"
+CSV = grid.RESULTS / "two_views.csv"
 
 _soft = replace(grid.METHODS["pgd-at-weighted-cold"], one_hot=False, adaptive=False, beta=0.0)  # KL(p_teacher || p_adv)
 METHODS = {

@@ -320,7 +320,7 @@ def test_a_run_leaves_a_record_once_and_the_final_read_adds_to_it(
     assert saved["epochs"] == old["epochs"]
 
     # The published CSVs have the same columns, but for two measures that are no longer taken.
-    if (records.RESULTS / "runs.csv").exists():
+    if (grid.RESULTS / "runs.csv").exists():
         for name, table in tables.items():
             missing = set(records.published(name).columns) - set(table.columns)
             assert missing == ({"nonlinearity", "confidence"} if name == "runs" else set())

@@ -15,12 +15,12 @@ for package in ("matplotlib", "mlxtend", "pandas", "pyautoattack", "scipy", "skl
 import pandas as pd
 
 from benchmarks import markdown
-from benchmarks.study import figures, grid, records, report, tables, two_views
+from benchmarks.study import figures, grid, records, tables, two_views
 from benchmarks.study.claims import SECOND, Claim
 
 Rows = list[dict[str, Any]]
 with_data = pytest.mark.skipif(
-    not (records.RESULTS / "runs.csv").exists(), reason="the source distribution leaves the study's data out"
+    not (grid.RESULTS / "runs.csv").exists(), reason="the source distribution leaves the study's data out"
 )
 
 
@@ -225,8 +225,8 @@ def test_the_verdicts_of_two_views_need_all_seeds() -> None:
 
 @with_data
 def test_the_committed_pages_are_what_the_committed_csvs_say() -> None:
-    texts = {page: (report.ROOT / page).read_text(encoding="utf-8") for page in report.PAGES}
-    for name, content in report.blocks().items():
+    texts = {page: (records.ROOT / page).read_text(encoding="utf-8") for page in records.PAGES}
+    for name, content in records.blocks().items():
         pages = [page for page, text in texts.items() if f"<!-- begin: {name} -->" in text]
         assert pages, f"no page has a place for {name}"
         for page in pages:
@@ -246,6 +246,6 @@ def test_the_first_study_is_that_of_0_1_0_and_the_second_round_has_fresh_seeds()
 @pytest.mark.parametrize("text", ["<!-- begin: a -->", "<!-- end: a -->", "<!-- end: a --><!-- begin: a -->"])
 def test_a_page_with_half_of_a_block_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must have the markers"):
-        report.with_blocks(text, {"a": "new", "b": "other"})
+        records.with_blocks(text, {"a": "new", "b": "other"})
     whole = "é <!-- begin: a -->\nold\n<!-- end: a --> z"
-    assert report.with_blocks(whole, {"a": "new", "b": "x"}) == "é <!-- begin: a -->\n\nnew\n\n<!-- end: a --> z"
+    assert records.with_blocks(whole, {"a": "new", "b": "x"}) == "é <!-- begin: a -->\n\nnew\n\n<!-- end: a --> z"
