@@ -116,8 +116,9 @@ def record(variant: Variant, around: AbstractContextManager[Any] | None = None) 
     beta = meta(n) if variant.tensors or by_rows else BETA
     seen: list[Launch] = []
 
-    def instead(plan: Any, programs: int, aligned: bool, *args: Any) -> None:
-        seen.append(Launch(plan.kernel, programs, args, plan.constants, plan.options))
+    def instead(plan: Any, programs: int, *args: Any) -> None:
+        count = len(plan.kernel.arg_names) - len(plan.constants)  # the kernel's own arguments come last
+        seen.append(Launch(plan.kernel, programs, args[-count:], plan.constants, plan.options))
 
     with patch.object(launch.Plan, "launch", instead), patch.object(kernels, "supports", lambda _: True):
         with around or nullcontext():
