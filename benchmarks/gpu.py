@@ -28,7 +28,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "matplotlib")
 COMPILERS = ("cc", "gcc", "clang")
-PYTEST = ("pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-q", "-rfEs", "--ignore=tests/examples")
+PYTEST = ("pytest", "--backend=gpu", "-p", "no:cacheprovider", "--tb=short", "-q", "-rfEs", "--ignore=tests/examples")
 GRACE = 20.0  # seconds of a part for its summary after SIGINT: xdist waits 10 s for busy workers
 LONGEST = 12_000  # characters of a part's output that the report shows: its end
 
