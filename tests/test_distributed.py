@@ -59,6 +59,12 @@ def make_teacher():
     return teacher
 
 
+def run_ranks(function, folder):
+    """Run ``function(rank, folder)`` in two processes, forked from one that has imported everything once."""
+    mp.set_forkserver_preload([__name__, "torch.distributed.tensor"])
+    mp.start_processes(function, (folder,), nprocs=WORLD, start_method="forkserver")
+
+
 def join(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -89,7 +95,7 @@ def on_rank(rank, folder):
 
 def test_two_processes_give_the_gradients_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(on_rank, (tmp_path,), nprocs=WORLD)
+    run_ranks(on_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
 
     teacher, student = make_teacher(), Net(halves=WORLD)
@@ -130,4 +136,4 @@ def check(actual, expected):
 
 def test_dtensor_logits_are_right_or_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(on_mesh, (tmp_path,), nprocs=WORLD)
+    run_ranks(on_mesh, tmp_path)
