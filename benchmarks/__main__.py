@@ -52,8 +52,8 @@ def parts(device: str, out: Path, compiling: bool) -> list[Part]:
     gpu = device == "cuda"
     step = program("A training step", 0.15 if gpu else 0.35, "step")._replace(needs=("torchvision",))
     return [
-        *([Part("The tests that need a GPU", 0.2, tests())] if gpu else []),
-        program("Speed", 0.5 if gpu else 0.4, "speed", compiling),
+        *([Part("The tests that need a GPU", 0.25, tests())] if gpu else []),
+        program("Speed", 0.45 if gpu else 0.4, "speed", compiling),
         program("Accuracy", 0.12 if gpu else 0.25, "accuracy", compiling and not gpu),
         step,
     ]
@@ -64,7 +64,7 @@ def tests() -> tuple[str, ...]:
     has_option = "--backend" in (machine.ROOT / "tests" / "conftest.py").read_text()
     gpu = ("--backend=gpu",) if has_option else ("-m", "gpu")
     parallel = () if missing(["xdist"]) else ("-n", str(min(12, os.cpu_count() or 1)))
-    return ("pytest", *gpu, "-p", "no:cacheprovider", "--tb=short", "-q", "-rfEs", *parallel, "tests/test_gpu.py")
+    return ("pytest", *gpu, "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-q", "-rfEs", *parallel, "tests/test_gpu.py")
 
 
 def missing(names: Sequence[str]) -> str:
