@@ -64,7 +64,8 @@ def tests() -> tuple[str, ...]:
     has_option = "--backend" in (machine.ROOT / "tests" / "conftest.py").read_text()
     gpu = ("--backend=gpu",) if has_option else ("-m", "gpu")
     parallel = () if missing(["xdist"]) else ("-n", str(min(12, os.cpu_count() or 1)))
-    return ("pytest", *gpu, "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-q", "-rfEs", *parallel, "tests/test_gpu.py")
+    quiet = ("-p", "no:cacheprovider", "--tb=short", "-q", "-rfEs")
+    return ("pytest", *gpu, *quiet, *parallel, "tests/test_gpu.py")
 
 
 def missing(names: Sequence[str]) -> str:

@@ -28,8 +28,8 @@ POSITIONS_PER_THREAD = 16
 # The rows kernel holds a whole row in registers. A row of 8,192 would be one CTA with all registers of an SM, and
 # nothing would hide its loads. Two CTAs of 4,096 fit. Above the limit, streaming moves 8 elements instead of 5.
 ROWS_UP_TO = 4096
-# Columns per chunk and warps of the streaming kernel: 16 positions per thread too. On an H200 the narrow chunk is 1.4 times
-# as fast for 4,096 rows, and the wide chunk 1.13 times as fast for 64 and 128 rows, which have a multiprocessor each.
+# Columns per chunk and warps of the streaming kernel: 16 positions per thread too. On an H200 the narrow chunk is 1.4
+# times as fast for 4,096 rows, and the wide chunk 1.13 times as fast for 64 and 128 rows, which have an SM each.
 STREAMING_BLOCK, STREAMING_WARPS = 2048, 4
 FEW_ROWS = 128
 FEW_ROWS_BLOCK, FEW_ROWS_WARPS = 4096, 8
