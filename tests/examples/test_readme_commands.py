@@ -16,8 +16,8 @@ pytest.importorskip("tqdm")
 
 # Appended, so that it has the last word. A CPU takes minutes for an epoch in bf16.
 SHORTER = {
-    "train": ["--epochs", "1", "--batch", "4", "--workers", "0", "--amp", "none", "--steps", "1", "--device", "cpu"],
-    "evaluate": ["--samples", "2", "--device", "cpu"],
+    "train": ["--epochs", "1", "--batch", "2", "--workers", "0", "--amp", "none", "--steps", "1", "--device", "cpu"],
+    "evaluate": ["--samples", "1", "--device", "cpu"],
 }
 
 
@@ -32,7 +32,7 @@ def made_up(images):
 
     def load(name, root="data", *, download=False):
         channels, size, *_ = images.SETS[name]
-        parts = (TensorDataset(torch.rand(n, channels, size, size), torch.arange(n) % 10) for n in (8, 4, 4))
+        parts = (TensorDataset(torch.rand(n, channels, size, size), torch.arange(n) % 10) for n in (2, 2, 2))
         return images.Data(*parts, 10)
 
     return load
