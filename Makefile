@@ -67,14 +67,15 @@ docs: $(VENV)-docs/.done  ## the documentation as a site that needs no network: 
 mutants: $(VENV)/.test  ## break the library in named ways, and see a named test fail for each
 	$(RUN) tools/mutants.py $(ARGS)
 
-bench: $(VENV)/.bench  ## time, memory, accuracy and training steps on this machine, in ten minutes: benchmarks/results
+bench: $(VENV)/.bench  ## time, memory, accuracy and training steps on this machine, in ten minutes: docs/benchmarks.md
 	$(RUN) -m benchmarks $(ARGS)
 
-kernels: $(VENV)/.bench  ## what the compiler makes of the kernels, for GPUs that aren't here: benchmarks/results/kernels.md
+kernels: $(VENV)/.bench  ## what the compiler makes of the kernels, for absent GPUs: benchmarks/results/kernels.csv, docs/kernels.md
 	$(RUN) -m benchmarks.kernels $(ARGS)
+	$(RUN) -m benchmarks.report
 
 gpu:  ## on a GPU: its tests and benchmarks, one report named after the device; installs nothing
-	$(PYTHON) -m benchmarks.gpu $(ARGS)
+	$(PYTHON) -m benchmarks --device cuda $(ARGS)
 
 # A stamp for each extra. What is installed stays when pyproject.toml changes: pip adds what is missing.
 $(VENV)/.%: pyproject.toml | $(RUN)

@@ -1,76 +1,156 @@
-"""All benchmarks of this machine, their pictures, and the tables of README and docs, within some minutes.
+"""All benchmarks of this machine within some minutes, and the pages' tables and pictures; on a GPU, its tests first.
 
-python -m benchmarks          (--help explains the options)
-python -m benchmarks host     the host's share of a small loss, on a GPU: see benchmarks/host.py
+    python -m benchmarks                                                    (--help explains the options)
+    python3 -m benchmarks --device cuda --minutes 5.5 --out FOLDER         in a checkout as it is: installs nothing
 
-Each program runs in a process of its own, so that none inherits another's memory, threads or compiled code.
+Each part is a process of its own with a time limit. On a GPU the report, <device>.md, is rewritten after each part.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks import machine
+import torch
 
-LOSS_SHARE = 0.62  # of the time; accuracy needs a minute at most, most of it for compiling
-# A step takes long: on a CPU a small batch, and on a GPU one that keeps it busy.
-STEP = {"cpu": ("--batch", "8", "--rounds", "5"), "cuda": ("--batch", "128", "--rounds", "7")}
+from benchmarks import machine, markdown
 
-
-def run(name: str, *options: str, seconds: float) -> bool:
-    """Whether it ended well, and in time. What it prints goes to the screen."""
-    print(f"\n== {name}", flush=True)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{name}", *options], cwd=machine.ROOT, timeout=max(1.0, seconds)
-        )
-    except subprocess.TimeoutExpired:
-        print(f"stopped: {name} was given {seconds:.0f} s")
-        return False
-    return done.returncode == 0
+NEEDED = {"cpu": ("matplotlib",), "cuda": ("triton", "pytest", "hypothesis", "matplotlib")}
+GRACE = 12.0  # seconds of a part for its summary, after the signal that asks it to stop: pytest-xdist waits for 10
+LONGEST = 12_000  # characters of a part's output that the report shows: its end
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder (default: %(default)s)")
-    parser.add_argument("--device", default=machine.default_device(), choices=("cpu", "cuda"), help="(default: a GPU)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
+class Part(NamedTuple):
+    title: str
+    share: float  # of all the time
+    command: tuple[str, ...]  # python -m ...
+    needs: tuple[str, ...] = ()
+
+
+class Outcome(NamedTuple):
+    state: str  # good, or why not
+    seconds: float
+    printed: str
+
+
+def parts(device: str, out: Path, compiling: bool) -> list[Part]:
+    """Return the parts in their order. Accuracy on a GPU is measured without torch.compile, for the time's sake."""
+
+    def program(title: str, share: float, name: str, compiles: bool = True) -> Part:
+        options = () if compiles else ("--no-compile",)
+        return Part(title, share, (f"benchmarks.{name}", "--device", device, "--out", str(out), *options))
+
+    gpu = device == "cuda"
+    step = program("A training step", 0.15 if gpu else 0.35, "step")._replace(needs=("torchvision",))
+    return [
+        *([Part("The tests that need a GPU", 0.25, tests())] if gpu else []),
+        program("Speed", 0.45 if gpu else 0.4, "speed", compiling),
+        program("Accuracy", 0.12 if gpu else 0.25, "accuracy", compiling and not gpu),
+        step,
+    ]
+
+
+def tests() -> tuple[str, ...]:
+    """Return the pytest command for the tests that need a GPU, in parallel if pytest-xdist is there."""
+    has_option = "--backend" in (machine.ROOT / "tests" / "conftest.py").read_text()
+    gpu = ("--backend=gpu",) if has_option else ("-m", "gpu")
+    parallel = () if missing(["xdist"]) else ("-n", str(min(12, os.cpu_count() or 1)))
+    quiet = ("-p", "no:cacheprovider", "--tb=short", "-q", "-rfEs")
+    return ("pytest", *gpu, *quiet, *parallel, "tests/test_gpu.py")
+
+
+def missing(names: Sequence[str]) -> str:
+    return ", ".join(name for name in names if importlib.util.find_spec(name) is None)
+
+
+def run(part: Part, seconds: float) -> Outcome:
+    """Run a part for so long at most. What it prints goes to the screen when it is done."""
+    if absent := missing(part.needs):
+        return Outcome(f"left out: {absent} is missing", 0.0, "")
+    print(f"\n== {part.title} (at most {seconds:.0f} s)", flush=True)
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *part.command],
+            cwd=machine.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        try:
+            code = process.wait(max(seconds - GRACE, seconds / 2))
+            state = f"failed (exit status {code})" if code else "good"
+        except subprocess.TimeoutExpired:
+            state = f"stopped after {seconds:.0f} s"
+            signal_all(process, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(min(GRACE, seconds / 2))
+        finally:
+            signal_all(process, signal.SIGKILL)  # torch.compile's workers outlive a process that is stopped
+            process.wait()
+        file.seek(0)
+        printed = file.read()[-LONGEST:]
+    print(f"{printed}\n{state}", flush=True)
+    return Outcome(state, time.monotonic() - began, printed)
+
+
+def signal_all(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a process and to all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def page(outcomes: dict[Part, Outcome], measured: str) -> str:
+    """Return the report of a GPU: how each part went, the tables, and what the parts printed."""
+    garbage = "" if machine.computes() else "**The device computes nothing: every time on it is left out.**\n\n"
+    lines = [[part.title, one.state, f"{one.seconds:.0f}"] for part, one in outcomes.items()]
+    printed = [
+        f"## {part.title}: {one.state}\n\n```\n{one.printed}\n```\n" for part, one in outcomes.items() if one.printed
+    ]
+    made = f"Made by `python3 -m benchmarks --device cuda`, {time.strftime('%Y-%m-%d %H:%M')}."
+    table = markdown.table(["part", "how it went", "seconds"], lines)
+    return "\n".join([f"# {machine.gpu()}\n\n{garbage}{made}\n\n{table}", measured, *printed])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = machine.parser(__doc__)
+    parser.add_argument("--minutes", type=float, help="for all of it (default: 9, on a GPU 5.5)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args(arguments)
-    end = time.monotonic() + 60 * args.minutes
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA or ROCm GPU here")
+    if absent := missing(NEEDED[args.device]):
+        parser.error(f"missing here: {absent}")
+    minutes = args.minutes or {"cpu": 9.0, "cuda": 5.5}[args.device]
+    from benchmarks import report
+
     out = args.out.resolve()
-    where = ("--device", args.device, "--threads", str(args.threads))
-    compiling = ("--no-compile",) if args.no_compile else ()
-
-    def left() -> float:
-        return end - time.monotonic()
-
-    minutes = ("--minutes", str(LOSS_SHARE * args.minutes))
-    good = [
-        run("loss", "--out", str(out), *where, *minutes, *compiling, seconds=left()),
-        run("accuracy", "--out", str(out), *where, *compiling, seconds=left()),
-    ]
-    if importlib.util.find_spec("benchmarks.step"):
-        file = out / f"step-{machine.slug(args.device)}.csv"
-        good.append(run("step", "--out", str(file), *where, *STEP[args.device], seconds=left()))
-    good.append(run("plots", "--results", str(out), seconds=60))
-    if out == machine.RESULTS:  # the pages show these
-        good.append(run("tables", seconds=60))
-    if not all(good):
-        raise SystemExit("not everything ended well")
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes: dict[Part, Outcome] = {}
+    for part in parts(args.device, out, not args.no_compile):
+        outcomes[part] = run(part, 60 * minutes * part.share)
+        if args.device == "cuda":
+            slug = machine.slug("cuda")
+            try:
+                measured = report.of_device(out, slug)
+            except Exception as error:  # the CSVs are there, and the other parts have to run
+                measured = f"The tables failed: {error!r}\n"
+            (out / f"{slug}.md").write_text(page(outcomes, measured))
+    if out == machine.RESULTS:
+        report.main([])
+    elif args.device == "cpu":
+        report.draw(out)
+    for part, one in outcomes.items():
+        print(f"{part.title}: {one.state}, {one.seconds:.0f} s")
+    return int(any(one.state.startswith("failed") for one in outcomes.values()))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["host"]:
-        from benchmarks import host
-
-        host.main(sys.argv[2:])
-    else:
-        main()
+    sys.exit(main())

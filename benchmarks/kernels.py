@@ -1,224 +1,154 @@
-"""What the compiler makes of the kernels, beside the cost of Eq. 17 in plain PyTorch: kernels.csv and kernels.md.
+"""The kernels as compiled for GPUs that are absent, and the traffic of Eq. 17 in plain PyTorch beside theirs.
 
-python -m benchmarks.kernels          (--help explains the options)
+    python -m benchmarks.kernels          (--help explains the options)
 
-Needs Triton, no GPU: everything is compiled ahead of time, read from the machine code, or counted.
+Needs Triton, no GPU: everything is read from the machine code, or counted. Writes kernels.csv, of which report.py makes
+the tables of docs/kernels.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import platform
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import markdown
-from benchmarks.ahead_of_time import (
-    CALLS,
-    CLASSES,
-    DTYPES,
-    TARGETS,
-    Built,
-    Machine,
-    Variant,
-    build_all,
-    unknown,
-    width_faults,
-)
-from benchmarks.eager_cost import EXPRESSIONS, Cost, cost
-from cktat_loss.kernels import launch
+from benchmarks import machine
+from benchmarks.speed import Loss, log_target, usual
+from tests import compiled
+from tests.compiled import CALLS, CLASSES, TARGETS, Built, Launch, Variant
 
-BANDWIDTH = 3.0e12  # bytes a second, of the 3.35e12 on an H100's data sheet
-STEPS = ("ours, without a graph", "ours, forward and backward", "ours, upstream gradient not 1")
-Eager = dict[tuple[str, str, int], Cost]  # by expression, dtype and classes
-MEANING = """\
-Compiled ahead of time and read from the machine code, or counted. **Nothing here ran on a GPU.**
-
-- Moves: elements read and written for each of the N x C logit positions. Ours are the recorded launches' arguments; the
-  interpreter's traffic test proves how often each is accessed. Eager ones are counted operator by operator. The
-  backward launch returns at once for an upstream gradient of 1; of float16 logits it makes all gradients.
-- us on an H100: bytes / 3.0e12, a lower bound from memory traffic alone. Small problems wait for launches instead.
-- Loads and stores of logits and gradients, counted in the text of one thread: 128 x 12 is twelve of 128 bits. Narrower
-  ones beside them are the edges of rows of odd length.
-- Instructions are those of the text, so a loop over columns counts once. Spills count loads and stores of local memory
-  (AMD: spilled registers); shared memory is in bytes.
-"""
+ROWS = 4096
+DTYPES = ("float32", "bfloat16", "float16")  # the default is the first two
+BANDWIDTH = 3.0e12  # bytes per second, of the 3.35e12 on an H100's data sheet
+EAGER: dict[str, Loss] = {"eager, as usually written": usual, "eager, log_target=True": log_target}
 
 
-class Selection(NamedTuple):
-    targets: Sequence[str]
-    dtypes: Sequence[str]
-    classes: Sequence[int]
-    rows: int
+class Cost(NamedTuple):
+    launches: int = 0
+    elements: int = 0  # read and written
+    bytes: int = 0
+
+    def plus(self, launches: int, sizes: list[tuple[int, int]]) -> Cost:
+        """Return the cost with some launches more, and the traffic of tensors: numbers of elements, and their size."""
+        elements, total = sum(n for n, _ in sizes), sum(n * itemsize for n, itemsize in sizes)
+        return Cost(self.launches + launches, self.elements + elements, self.bytes + total)
 
 
-def microseconds(traffic: int) -> float:
-    return 1e6 * traffic / BANDWIDTH
+class CountOperators(TorchDispatchMode):
+    """Adds up the cost of each operator that PyTorch dispatches, unless it is a view or an allocation.
+
+    An operator counts as one launch that reads each tensor that it is given and writes each that it returns, once. A
+    broadcast tensor is read at its own size. A GPU may do otherwise: a reduction may be two launches, for instance.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cost = Cost()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__
+        view = any(result.alias_info is not None and not result.alias_info.is_write for result in op._schema.returns)
+        if not view and not name.startswith(("empty", "new_empty")):
+            read = () if name.endswith("_like") else (args, kwargs)  # ones_like looks at the shape alone
+            tensors = [x for x in tree_leaves((read, out)) if isinstance(x, Tensor)]
+            self.cost = self.cost.plus(1, [(distinct(x), x.element_size()) for x in tensors])
+        return out
+
+
+def distinct(x: Tensor) -> int:
+    """Return the number of elements, without the repetitions of an expanded tensor."""
+    count = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count
+
+
+def counted(step: Callable[[], object]) -> Cost:
+    with CountOperators() as counting:
+        step()
+    return counting.cost
+
+
+def eager_cost(loss: Loss, rows: int, classes: int, dtype: str) -> Cost:
+    """Return the cost of an expression and its gradients, counted on meta tensors, which have shapes and no data."""
+    clean, adv, teacher = (torch.empty(rows, classes, dtype=getattr(torch, dtype), device="meta") for _ in range(3))
+    wanted = clean.requires_grad_(), adv.requires_grad_()
+    return counted(lambda: torch.autograd.grad(loss(clean, adv, teacher), wanted))
+
+
+def launch_cost(one: Launch, cost: Cost = Cost()) -> Cost:  # noqa: B008 - a tuple
+    """Return the cost of all loads and stores of a launch. Row values count once, though some programs share them."""
+    tensors = [x for x in one.args if isinstance(x, Tensor)]
+    logits = [x for x in tensors if x.ndim == 2][:3]
+    return cost.plus(1, [(x.numel(), x.element_size()) for x in (*tensors, *logits * (one.readings() - 1))])
+
+
+def row(architecture: str, call: str, dtype: str, classes: int, cost: Cost) -> dict[str, object]:
+    return {
+        "architecture": architecture, "call": call, "dtype": dtype, "classes": classes, "rows": ROWS,
+        "launches": cost.launches, "moves": f"{cost.elements / (ROWS * classes):.3f}", "bytes": cost.bytes,
+        "h100_us": f"{1e6 * cost.bytes / BANDWIDTH:.3f}",
+    }  # fmt: skip
+
+
+def from_machine(built: Built) -> dict[str, object]:
+    code = built.machine
+    return {
+        "kernel": code.kernel, "warps": code.warps, "registers": code.registers, "spills": code.spills,
+        "local_bytes": code.local, "shared_bytes": code.shared, "loads": widths(code.loads),
+        "stores": widths(code.stores), "instructions": code.instructions,
+        "warps_on_sm": "" if built.variant.target.startswith("gfx") else code.warps_on_sm,
+        "narrow_accesses": len(built.width_faults()),
+    }  # fmt: skip
 
 
 def widths(accesses: Mapping[int, int]) -> str:
     return " + ".join(f"{bits} x {count}" for bits, count in sorted(accesses.items(), reverse=True)) or "none"
 
 
-def csv_rows(chosen: Selection, built: Mapping[Variant, Built], eager: Eager) -> Iterator[dict[str, object]]:
-    def from_machine(machine: Machine) -> dict[str, object]:
-        return {
-            "kernel": machine.kernel,
-            "warps": machine.warps,
-            "registers": machine.registers,
-            "spills": machine.spills,
-            "local_bytes": machine.local,
-            "shared_bytes": machine.shared,
-            "loads": widths(machine.loads),
-            "stores": widths(machine.stores),
-            "instructions": machine.instructions,
-        }
-
-    def from_cost(dtype: str, classes: int, of: Cost) -> dict[str, object]:
-        return {
-            "dtype": dtype,
-            "classes": classes,
-            "rows": chosen.rows,
-            "launches": of.launches,
-            "moves": f"{of.elements / (chosen.rows * classes):.3f}",
-            "bytes": of.bytes,
-            "h100_us": f"{microseconds(of.bytes):.3f}",
-        }
-
-    for v, one in built.items():
-        head = {"architecture": v.target, "call": v.call}
-        yield head | from_cost(v.dtype, v.classes, one.cost) | from_machine(one.machine)
-    for (name, dtype, classes), of in eager.items():
-        yield {"architecture": "any", "call": name} | from_cost(dtype, classes, of)
-
-
-def step_cost(name: str, calls: Mapping[str, Built]) -> Cost:
-    """What one step takes from the calls."""
-    if name == "ours, without a graph":
-        return calls["loss"].cost
-    backward = calls["backward"]
-    returns = backward.done_at_one and name == "ours, forward and backward"
-    return calls["training"].cost + (Cost(1, 1, 4) if returns else backward.cost)  # it looks at the upstream gradient
-
-
-def slashed(cells: Iterable[object]) -> str:
-    """Cells in the order of the classes or dtypes, as one; equal ones once."""
-    texts = [str(cell) for cell in cells]
-    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
-
-
-def traffic_table(chosen: Selection, built: Mapping[Variant, Built], eager: Eager) -> str:
-    costs = dict(eager)
-    for name in STEPS:
-        for dtype in chosen.dtypes:
-            for c in chosen.classes:
-                calls = {call: built[Variant(chosen.targets[0], call, dtype, c, rows=chosen.rows)] for call in CALLS}
-                costs[name, dtype, c] = step_cost(name, calls)
-    lines = []
-    for name in [*STEPS, *EXPRESSIONS]:
-        here = [(c, costs[name, chosen.dtypes[0], c]) for c in chosen.classes]
-        times = [
-            [f"{microseconds(costs[name, dtype, c].bytes):.1f}" for c in chosen.classes] for dtype in chosen.dtypes
-        ]
-        launches = slashed(of.launches for _, of in here)
-        moves = slashed(f"{of.elements / (chosen.rows * c):.1f}" for c, of in here)
-        lines.append([name, launches, moves, *map(slashed, times)])
-    head = ["", "launches", "moves", *(f"us on an H100, {dtype}" for dtype in chosen.dtypes)]
-    title = f"### One step: N = {chosen.rows}, C = {' / '.join(map(str, chosen.classes))}\n\n"
-    return title + markdown.table(head, lines)
-
-
-def target_table(chosen: Selection, built: Mapping[Variant, Built], target: str) -> str:
-    """Every kernel of one architecture."""
-    groups: dict[tuple[int, str], list[Built]] = {}
-    for v, one in built.items():
-        if v.target == target:
-            groups.setdefault((v.classes, v.call), []).append(one)
-    head = ["C", "call", "kernel", "warps", "registers", "spills", "shared", "loads", "stores", "instructions"]
-    lines = []
-    for (classes, call), same in groups.items():
-        machines = [one.machine for one in same]
-        lines.append([
-            classes, call, machines[0].kernel, slashed(m.warps for m in machines),
-            slashed(m.registers for m in machines), slashed(m.spills for m in machines),
-            slashed(m.shared for m in machines), slashed(widths(m.loads) for m in machines),
-            slashed(widths(m.stores) for m in machines), slashed(m.instructions for m in machines),
-        ])  # fmt: skip
-    return f"### {target} in full: {' / '.join(chosen.dtypes)}\n\n" + markdown.table(head, lines)
-
-
-def worst_table(built: Mapping[Variant, Built]) -> str:
-    groups: dict[tuple[str, int], list[Built]] = {}
-    for v, one in built.items():
-        groups.setdefault((v.target, v.classes), []).append(one)
-    lines = []
-    for (target, classes), same in groups.items():
-        machines = [one.machine for one in same]
-        lines.append([
-            target, classes, max(m.registers for m in machines),
-            "" if target.startswith("gfx") else min(m.warps_on_sm for m in machines),
-            max(m.spills for m in machines), max(m.local for m in machines),
-            sum(bool(width_faults(one)) for one in same), max(m.shared for m in machines),
-            max(m.instructions for m in machines),
-        ])  # fmt: skip
-    head = [
-        "architecture", "C", "registers", "warps on an SM", "spills", "local bytes", "kernels with narrow access",
-        "shared", "instructions",
-    ]  # fmt: skip
-    return "### Every architecture: the worst of all calls and dtypes\n\n" + markdown.table(head, lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
-    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS, metavar="GPU", help="default: all")
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, metavar="DTYPE", help="default: all")
-    parser.add_argument("--classes", nargs="+", default=CLASSES, type=int, metavar="C", help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=4096, metavar="N", help="default: %(default)s")
-    args = parser.parse_args(arguments)
-    if launch.interprets():
-        parser.error("TRITON_INTERPRET is set: the kernels are Python functions then, and cannot be compiled")
-
-    for target in filter(unknown, args.targets):
-        print(f"left out: {unknown(target)}")
-    targets = [target for target in args.targets if not unknown(target)]
-    chosen = Selection(targets, args.dtypes, args.classes, args.rows)
-    built = build_all(
-        Variant(target, call, dtype, classes, rows=chosen.rows)
-        for target in chosen.targets
-        for classes in chosen.classes
+def measure(targets: list[str], dtypes: list[str], classes: list[int]) -> Iterator[dict[str, object]]:
+    """Yield one row per target, number of classes, call and dtype, and the rows of the eager expressions."""
+    variants = [
+        Variant(target, call, dtype, c, rows=ROWS)
+        for target in targets
+        for c in classes
         for call in CALLS
-        for dtype in chosen.dtypes
+        for dtype in dtypes
+    ]
+    with compiled.compilers(os.cpu_count() or 1) as pool:
+        for built in pool.map(compiled.build, variants):
+            one, beside = built.variant, CountOperators()
+            cost = launch_cost(compiled.record(one, beside), Cost() if one.call.startswith("backward") else beside.cost)
+            yield row(one.target, one.call, one.dtype, one.classes, cost) | from_machine(built)
+            print(one, flush=True)
+    for name, loss in EAGER.items():
+        for dtype in dtypes:
+            yield from (row("any", name, dtype, c, eager_cost(loss, ROWS, c, dtype)) for c in classes)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = machine.parser(__doc__)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS, metavar="GPU", help="default: all")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=DTYPES[:2], choices=DTYPES, metavar="DTYPE", help="default: %(default)s"
     )
-    eager = {
-        (name, dtype, classes): cost(expression, chosen.rows, classes, getattr(torch, dtype))
-        for name, expression in EXPRESSIONS.items()
-        for dtype in chosen.dtypes
-        for classes in chosen.classes
-    }
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
-    report = "\n".join((
-        "## What the compiler makes of the kernels\n",
-        f"{versions}, {time.strftime('%Y-%m-%d')}. Made by `python -m benchmarks.kernels`; kernels.csv has it all.\n",
-        MEANING,
-        traffic_table(chosen, built, eager),
-        target_table(chosen, built, "sm_90" if "sm_90" in chosen.targets else chosen.targets[0]),
-        worst_table(built),
-    ))  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "kernels.md").write_text(report)
-    rows = list(csv_rows(chosen, built, eager))
-    with (args.out / "kernels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(report)
+    parser.add_argument("--classes", nargs="+", default=CLASSES, type=int, metavar="C", help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: the kernels are Python functions then, and cannot be compiled")
+    for target in filter(compiled.unknown, args.targets):
+        print(f"left out: {compiled.unknown(target)}")
+    targets = [target for target in args.targets if not compiled.unknown(target)]
+    where = machine.environment("cpu")
+    path = args.out / "kernels.csv"
+    machine.write(path, [one | where for one in measure(targets, args.dtypes, args.classes)])
+    print(f"saved {path}")
 
 
 if __name__ == "__main__":

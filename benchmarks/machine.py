@@ -1,7 +1,8 @@
-"""Where and when something was measured: what goes into every row of a CSV."""
+"""The machine and the date of a measurement, the files that hold it, and the options that all programs share."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.metadata
 import os
@@ -18,16 +19,31 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with --out and --device."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    made.add_argument("--device", default=default, choices=("cpu", "cuda"), help="(default here: %(default)s)")
+    return made
+
+
 def slug(device: str) -> str:
-    """What the device's files are named after: cpu, nvidia-h100-80gb-hbm3, ..."""
-    name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """Return the name of the device as files carry it: cpu, nvidia-h100-80gb-hbm3, ..."""
+    return re.sub(r"[^a-z0-9]+", "-", ("cpu" if device == "cpu" else gpu()).lower()).strip("-")
+
+
+def gpu() -> str:
+    """Return the name of the GPU, or "no GPU" for a stand-in."""
+    return torch.cuda.get_device_name() if computes() else "no GPU"
 
 
 def environment(device: str) -> dict[str, str]:
+    """Return the columns that every row of a CSV ends with."""
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    where = {"machine": cpu} if device == "cpu" else {"machine": gpu(), "host": cpu}
     return {
-        "machine": cpu if device == "cpu" else torch.cuda.get_device_name(),
+        **where,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -43,39 +59,24 @@ def version(package: str) -> str:
         return "none"
 
 
-def free_bytes(device: str) -> int:
-    """Memory that can be taken without pushing anything else out."""
-    if device != "cpu":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: half of what there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-
-
 @cache
 def computes() -> bool:
-    """Whether the GPU does what it is told. A stand-in of a driver, made to time the host alone, does not."""
+    """True if the GPU computes. A stand-in for the driver, made to time the host alone, does not."""
     try:
         return torch.arange(1000, device="cuda").sum().item() == 499_500
     except RuntimeError:
         return False
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Rows as CSV, under all the names that any of them has; numbers with four digits."""
+    """Write rows as CSV, under all the names that any of them has; floats with four digits. The file is never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = dict.fromkeys(name for row in rows for name in row)
-    with path.open("w", newline="") as file:
+    with path.with_suffix(".tmp").open("w", newline="") as file:
+        names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(file, list(names), restval="", lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    path.with_suffix(".tmp").replace(path)
 
 
 def read(path: Path) -> list[dict[str, str]]:

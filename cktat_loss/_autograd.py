@@ -149,9 +149,10 @@ class _Terms(torch.autograd.Function):
             pairs = [(guidance, grad_guidance), (consistency, grad_consistency)]
             outputs = [term for term, grad in pairs if grad is not None]
             return *_differentiable_gradients(problem, outputs, given, needs), None, None
-        zero = given[0].new_zeros(())
-        grad_guidance = zero if grad_guidance is None else grad_guidance
-        grad_consistency = zero if grad_consistency is None else grad_consistency
+        if grad_guidance is None:
+            grad_guidance = given[0].new_zeros(())
+        if grad_consistency is None:
+            grad_consistency = given[0].new_zeros(())
         return *ctx.backend.terms_backward(problem, grad_guidance, grad_consistency, needs), None, None
 
 

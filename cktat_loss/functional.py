@@ -74,9 +74,9 @@ def cktat_loss(
         tau: the temperature, > 0. It divides the teacher's logits only. The paper's best on CIFAR-10 is 5.
         beta: the weight of the consistency term, a number >= 0, or a floating tensor, () or (N,). A tensor must not
             require grad, and its values are not checked.
-        y: labels, (N,), integer. The weight of each sample is then ``beta * softmax(a_i)[y_i]``, without a gradient, and
-            ``beta`` must be a number. This is our recipe, see ``adaptive_beta``. On an eager CPU a label out of range
-            is an error. On a GPU or under torch.compile it gives NaN for its sample.
+        y: labels, (N,), integer. The weight of each sample is then ``beta * softmax(a_i)[y_i]``, without a gradient,
+            and ``beta`` must be a number. This is our recipe, see ``adaptive_beta``. On an eager CPU a label out of
+            range is an error. On a GPU or under torch.compile it gives NaN for its sample.
         reduction: "mean" over the batch (torch's "batchmean"), "sum", or "none".
         detach_clean: stop the gradient through ``clean_logits``. This is not the paper's form, but it is often needed:
             nothing anchors the clean predictions, so a large beta can pull the student to a constant prediction.
@@ -156,8 +156,8 @@ def cktat_terms(
 def adaptive_beta(adv_logits: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
     """Return sample weights for the consistency term, ``beta * softmax(S(x'))[y]``.
 
-    If an attack succeeds, little probability is left on the label, and the sample gets little weight. This is our recipe,
-    not the paper's. Use it with ``detach_clean=True`` and ``tau=2``.
+    If an attack succeeds, little probability is left on the label, and the sample gets little weight. This is our
+    recipe, not the paper's. Use it with ``detach_clean=True`` and ``tau=2``.
 
     Args:
         adv_logits: the student's logits on adversarial inputs, (N, C), floating.

@@ -21,10 +21,10 @@ class CKTATLoss(nn.Module):
 
     The criterion takes logits. It changes neither the student nor the optimizer.
 
-    The teacher is frozen: the criterion makes a deep copy, and runs the copy in eval mode and without gradients. Neither
-    training the original nor ``criterion.train()`` changes it. The copy is not among the criterion's parameters, buffers
-    or state_dict, but ``criterion.to(...)`` moves it. The loss with ``x`` is the loss with
-    ``teacher_logits=teacher(x)``, and ``x`` is passed to the teacher as it is.
+    The teacher is frozen. The criterion makes a deep copy and runs it in eval mode, without gradients. Neither training
+    the original nor ``criterion.train()`` changes the copy. It is not among the criterion's parameters, buffers or
+    state_dict, but ``criterion.to(...)`` moves it. The loss with ``x`` is the loss with ``teacher_logits=teacher(x)``,
+    and ``x`` is passed to the teacher as it is.
 
     The criterion's state_dict does not hold the teacher. If a module holds both the teacher and the criterion,
     ``load_state_dict`` restores the teacher but not the criterion's copy. Load the teacher's weights first and make the
@@ -36,8 +36,8 @@ class CKTATLoss(nn.Module):
             every call passes ``teacher_logits``.
         tau: the temperature, > 0. It divides the teacher's logits only. Can be assigned during training.
         beta: the weight of the consistency term, finite and >= 0. Can be assigned during training.
-        adaptive: multiply beta by ``softmax(S(x'))[y]`` per sample. Every call then needs ``y``. This is our recipe, not
-            the paper's: use it with ``detach_clean=True`` and ``tau=2``.
+        adaptive: multiply beta by ``softmax(S(x'))[y]`` per sample. Every call then needs ``y``. This is our recipe,
+            not the paper's: use it with ``detach_clean=True`` and ``tau=2``.
         reduction: "mean" over the batch, "sum", or "none".
         detach_clean: stop the gradient through the clean logits (see the README on collapse).
         copy_teacher: False shares the teacher object, for compiled, sharded or very large ones. The criterion then sees

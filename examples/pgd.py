@@ -1,37 +1,16 @@
-"""Projected gradient descent (Madry et al. 2018) in Linf and L2, on the cross-entropy, TRADES' KL, or a loss of yours.
-
-It leaves no trace on the model: modes, BatchNorm statistics, `.grad` and `requires_grad` are as before.
-"""
+"""Projected gradient descent (Madry et al. 2018) in Linf and L2. Copy this file if you have no attack of your own."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-Norm = Literal["linf", "l2"]
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (N, C) and classes (N,), an image or their sum
-Objective = Literal["ce", "kl"] | Loss
-
-EPS = {"linf": 8 / 255, "l2": 128 / 255}  # the radii that the field reports on CIFAR, norm by norm
-LARGEST = {"linf": 1.0, "l2": 100.0}  # images are in [0, 1]: no pixel can change by more than 1
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and each of its modules back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+EPS = {"linf": 8 / 255, "l2": 128 / 255}  # the radii that the field reports on CIFAR
+LARGEST = {"linf": 1.0, "l2": 100.0}  # pixels are in [0, 1]
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, C) and classes (N,) to one number per image, or to their sum
 
 
 def pgd(
@@ -42,127 +21,91 @@ def pgd(
     eps: float,
     step: float,
     steps: int,
-    norm: Norm = "linf",
-    objective: Objective = "ce",
+    norm: str = "linf",
+    loss: Loss | str = "ce",
     start: Tensor | None = None,
 ) -> Tensor:
-    """Adversarial examples for `x`: within eps of it, and within [0, 1].
+    """Return adversarial images within eps of x and within [0, 1].
 
     Args:
-        model: images to logits (N, C), in eval mode meanwhile; compiled or wrapped in DDP too, and under autocast.
-        x: images (N, ...) in [0, 1].
-        y: classes (N,). "kl" does not look at them.
-        eps: radius of the ball, in pixel values where 1 is black to white: of each pixel ("linf", usually 8/255) or
-            of the whole image ("l2", usually 128/255). 0 gives x.
-        step: how far a step goes, in the same norm and units.
-        steps: how many; each costs one forward and one backward.
-        norm: of the ball and of the steps: the gradient's sign ("linf") or its direction ("l2").
-        objective: what to maximise: "ce", the cross-entropy with y; "kl", KL(softmax S(x) || softmax S(x')), which
-            costs one forward more; or a function of logits and y. The gradient of "kl" is zero at x' = x.
-        start: begin at these images, (N, ...), brought into the ball first; TRADES': x + 0.001 * randn. None draws a
-            point of the ball uniformly, from torch's global generator.
-
-    Returns:
-        x', shaped as x, detached; float32, or float64 for float64 images.
-
-    Raises:
-        ValueError: a bad argument; the message names it, what came and what was wanted.
+        model: images to logits (N, C), without DistributedDataParallel around it. It runs in eval mode with frozen
+            weights, and is afterwards as before.
+        x, y: images (N, ...) in [0, 1] and their classes (N,).
+        eps: radius of the ball, where 1 is black to white. Norm "linf" bounds each pixel (usually 8/255), "l2" the
+            whole image (usually 128/255).
+        step, steps: length of a step in the same norm, usually eps / 4, and number of steps.
+        loss: the function to maximise. "ce" is the cross-entropy, "kl" is TRADES' KL(S(x) || S(x')).
+        start: images to begin at. None draws a uniform point of the ball. TRADES: x + 0.001 * torch.randn_like(x).
     """
-    _check(x, eps, step, steps, norm, start)
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # no gradients to exchange here, and DDP would broadcast buffers at every forward
+    check(eps, norm)
+    if steps < 1 or not (step > 0 and math.isfinite(step)):
+        raise ValueError(f"steps must be at least 1 and step a finite number above 0, got {steps} and {step}")
+    if x.numel() and not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"x must be images in [0, 1], got [{x.min():g}, {x.max():g}]: normalise inside the model")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     with eval_mode(model), torch.enable_grad():
-        loss = _loss(objective, model, x)
-        x_adv = project(x + _random_in_ball(x, eps, norm) if start is None else start.to(x), x, eps, norm)
+        if loss == "kl":
+            clean = model(x).detach().to(x.dtype).log_softmax(1)
+            loss = lambda z, _: F.kl_div(z.log_softmax(1), clean, log_target=True, reduction="sum")  # noqa: E731
+        elif loss == "ce":
+            loss = lambda z, y: F.cross_entropy(z, y, reduction="sum")  # noqa: E731
+        x_adv = project(uniform(x, eps, norm) if start is None else start.to(x), x, eps, norm)
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            total = loss(model(x_adv).to(x.dtype), y).sum()
-            (gradient,) = torch.autograd.grad(total, x_adv)  # of x' alone: parameters get no .grad
+            # The sum, not the mean: an image's gradient must not depend on the size of its batch.
+            (gradient,) = torch.autograd.grad(loss(model(x_adv).to(x.dtype), y).sum(), x_adv)
             x_adv = project(x_adv.detach() + step * direction(gradient, norm), x, eps, norm)
     return x_adv.detach()
 
 
-def _loss(objective: Objective, model: nn.Module, x: Tensor) -> Loss:
-    if callable(objective):
-        return objective
-    if objective == "ce":
-        return partial(F.cross_entropy, reduction="sum")
-    if objective != "kl":
-        raise ValueError(f"objective must be 'ce', 'kl' or a function of logits and classes, got {objective!r}")
-    # Not under no_grad: in older torch, an autocast around all of a training step would then keep casts of the weights
-    # that its later forwards get no gradients through.
-    clean = F.log_softmax(model(x).detach().to(x.dtype), dim=1)
-    return lambda logits, _: F.kl_div(F.log_softmax(logits, dim=1), clean, log_target=True, reduction="sum")
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and freeze its weights, whose gradients cost time. Undo both afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
-def project(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
-    """The nearest point of the eps-ball around x, then of [0, 1]; x lies in both, so the second keeps the first."""
-    if norm == "linf":
-        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
-    change = x_adv - x
-    return (x + change * (eps / _length(change).clamp_min(eps + _tiny(x)))).clamp(0, 1)
+def project(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+    """Return the nearest point of the eps-ball around x, clipped to [0, 1]."""
+    change = (x_adv - x).clamp(-eps, eps) if norm == "linf" else (x_adv - x).renorm(2, 0, eps)
+    return (x + change).clamp(0, 1)
 
 
-def direction(gradient: Tensor, norm: Norm) -> Tensor:
-    """The step of length 1 that raises the loss most; zero where the gradient is."""
+def direction(gradient: Tensor, norm: str) -> Tensor:
+    """Return the step of length 1 that raises the loss most."""
     if norm == "linf":
         return gradient.sign()
-    # Scaled first: the squares of a saturated model's gradients would underflow.
-    largest = gradient.abs().flatten(1).amax(1).clamp_min(_tiny(gradient))
-    scaled = gradient / _per_image(largest, gradient)
-    return scaled / _length(scaled).clamp_min(_tiny(gradient))
+    flat = gradient.flatten(1)
+    # Scale first: the squares of tiny gradients would underflow to 0.
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(1e-38)
+    return F.normalize(flat).view_as(gradient)
 
 
-def _random_in_ball(x: Tensor, eps: float, norm: Norm) -> Tensor:
-    """Changes drawn uniformly from the eps-ball, shaped as x."""
+def uniform(x: Tensor, eps: float, norm: str) -> Tensor:
+    """Draw a uniform point of the eps-ball around each image."""
     if norm == "linf":
-        return eps * (2 * torch.rand_like(x) - 1)
-    radius = torch.rand(len(x), dtype=x.dtype, device=x.device) ** (1 / math.prod(x.shape[1:]))
-    return eps * _per_image(radius, x) * direction(torch.randn_like(x), norm)
+        return x + eps * (2 * torch.rand_like(x) - 1)
+    radius = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) ** (1 / math.prod(x.shape[1:]))
+    return x + eps * radius * direction(torch.randn_like(x), norm)
 
 
 def fraction(text: str) -> float:
-    """A number, or two with a slash between them, as eps is usually written: 8/255."""
+    """Read a number from the command line: 0.03, or 8/255 as eps is usually written."""
     above, slash, below = text.partition("/")
-    try:
-        return float(above) / float(below) if slash else float(above)
-    except ZeroDivisionError:
-        raise ValueError(f"{text!r} divides by zero") from None
+    return float(above) / (float(below) or math.nan) if slash else float(above)  # check() refuses nan
 
 
-def check_length(name: str, value: float, norm: Norm) -> None:
-    """Refuse an eps or a step that no image in [0, 1] has room for, such as 8 where 8/255 was meant."""
-    if not 0 <= value <= LARGEST[norm]:
-        hint = f": pixels are in [0, 1], so write {value:g}/255" if 1 < value <= 255 and norm == "linf" else ""
-        raise ValueError(f"{name} must be in [0, {LARGEST[norm]:g}] for norm {norm}, got {value:g}{hint}")
-
-
-def _length(images: Tensor) -> Tensor:
-    """L2 norms of images (N, ...), as (N, 1, ...)."""
-    return _per_image(images.flatten(1).norm(dim=1), images)
-
-
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    """Values (N,) as (N, 1, ...), to multiply images with."""
-    return values.view(len(images), *(1 for _ in images.shape[1:]))
-
-
-def _tiny(x: Tensor) -> float:
-    return torch.finfo(x.dtype).tiny
-
-
-def _check(x: Tensor, eps: float, step: float, steps: int, norm: str, start: Tensor | None) -> None:
-    if norm not in LARGEST:
-        raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
-    check_length("eps", eps, norm)
-    if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"step must be a finite number above 0, got {step}")
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"steps must be an int from 1, got {steps!r}")
-    # One wait for the device an attack; normalised images passed by mistake would weaken it without a word.
-    low, high = (limit.item() for limit in x.aminmax()) if x.numel() else (0.0, 1.0)
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"x must be images in [0, 1] (normalise inside the model), got values in [{low:g}, {high:g}]")
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"start must be shaped as x, {tuple(x.shape)}, got {tuple(start.shape)}")
+def check(eps: float, norm: str) -> None:
+    """Refuse an eps that images in [0, 1] have no room for, such as 8 where 8/255 was meant."""
+    if norm not in LARGEST or not 0 < eps <= LARGEST[norm]:
+        hint = f": pixels are in [0, 1], so write {eps:g}/255" if 1 < eps <= 255 else ""
+        wanted = "eps must be above 0 and at most 1 with norm linf, 100 with norm l2"
+        raise ValueError(f"{wanted}; got {eps:g} with norm {norm}{hint}")

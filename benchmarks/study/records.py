@@ -1,97 +1,85 @@
-"""The study's records as pandas tables: a row a run in runs.csv, a row an epoch of each run in curves.csv.
+"""The CSVs of the study, and the tables and figures that the documentation has of them.
 
-Accuracies and shares are in [0, 1]; an empty cell means that it was not measured.
+"runs" has one row per run, "curves" one row per epoch of each run. Accuracies and shares are in [0, 1]. An empty cell
+means that it was not measured.
 """
 
-from collections.abc import Iterable, Mapping
+import io
+import json
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
-from runtime import replacing
 
-from benchmarks.study.grid import SETTINGS
+from benchmarks import markdown
+from benchmarks.study import figures, tables, two_views
+from benchmarks.study.grid import METHODS, RESULTS
 
-Columns = Mapping[str, type]
-# The first five tell two runs of a version apart.
-WHICH = {"dataset": str, "arch": str, "method": str, "eps": float, "seed": int}
-RUN = {
-    "dataset": str, "arch": str, "method": str,
-    "options": str,  # of the training command, and after a bar what the study changed of the method
-    "eps": float, "seed": int, "split_seed": int, "epochs": int,
-    # Of the validation images.
-    "natural": float,  # accuracy on clean images
-    "pgd20": float,  # under PGD on the cross-entropy, 20 steps of eps/4
-    "cw30": float,  # under PGD on the margin, 30 steps
-    "apgd": float,  # under APGD-CE with 50 steps, then APGD-T with 3 targets x 50 steps on those still right
-    # Of them too, signs of gradient masking.
-    "apgd_ce": float,  # after the first of the two
-    "transfer": float,  # on the adversarial images of the PGD-AT run with the same seed
-    "zero_gradients": float,  # share of images whose cross-entropy has no gradient in float32
-    "nonlinearity": float,  # median of |loss(x + d) - loss(x) - d * gradient| / loss(x + d), d of the attack
-    "confidence": float,  # mean of the largest probability on clean images
-    # Of the test images.
-    "test_natural": float, "test_pgd20": float, "test_apgd": float,
-    "test_autoattack": float, "test_autoattack_images": float,  # standard AutoAttack, on the first so many
-    # How it was made.
-    "train_seconds": float, "measure_seconds": float,
-    "device": str, "python": str, "torch": str, "cktat_loss": str, "date": str,
-}  # fmt: skip
-EPOCH = {
-    **WHICH, "epoch": int,
-    "clean_accuracy": float, "pgd_accuracy": float,  # of the validation images; PGD with 10 steps
-    "guidance": float, "consistency": float,  # of the training images
-    # Percentiles over the validation images of softmax(S(x'))[y]: the adaptive weight of each is beta times that.
-    **{f"label_probability_p{percent:02}": float for percent in (5, 25, 50, 75, 95)},
-}  # fmt: skip
-REPLICATION = {
-    **WHICH,
-    "clean_guidance": float, "clean_label": float,  # weights of KL(softmax(T(x)/tau) || softmax S(x)), CE(S(x), y)
-    "split_seed": int, "epochs": int,
-    "natural": float, "pgd20": float, "apgd": float, "apgd_ce": float, "confidence": float,
-    "most_predicted": float,  # share of images that got the most frequent prediction
-}  # fmt: skip
+ROOT = Path(__file__).parents[2]
+PAGES = ("docs/study.md", "benchmarks/results/study.md", "README.md")
+LATER = "-0.3"  # in the file names of the runs by the training loop of version 0.3
+KEYS = {
+    name: ["dataset", "arch", "method", "eps", "seed", *more] for name, more in (("runs", ()), ("curves", ["epoch"]))
+}
 
 
-def key(columns: Iterable[str]) -> list[str]:
-    """The columns of a table by which its lines are told apart and sorted."""
-    return [name for name in columns if name in (*WHICH, "epoch")]
+def published(name: str) -> pd.DataFrame:
+    """Return a committed CSV: "runs" and "curves" are by version 0.1.0, "runs-0.2" by 0.2, and so on."""
+    return pd.read_csv(RESULTS / f"{name}.csv")
 
 
-def frame(rows: Iterable[Mapping[str, object]], columns: Columns) -> pd.DataFrame:
-    """Rows as a table with these columns, sorted by what the run is."""
-    table = pd.DataFrame([*rows], columns=[*columns]).astype(columns)
-    table["eps"] = table["eps"].map("{:.6g}".format).astype(float)  # as it comes back from a CSV: 8/255 has no end
-    return table.sort_values(key(columns), ignore_index=True)
-
-
-def read(path: Path, columns: Columns) -> pd.DataFrame:
-    """A CSV that `write` wrote.
+def finished(folder: Path) -> dict[str, pd.DataFrame]:
+    """Return all records of a folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it has other columns.
+        ValueError: a record was made with other settings than its method has now.
     """
-    table = pd.read_csv(path, dtype=columns)
-    if [*table.columns] != [*columns]:
-        raise ValueError(f"{path} must have the columns {', '.join(columns)}; got {', '.join(table.columns)}")
-    return table
+    runs, epochs = [], []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        run = record["run"]
+        if run["options"] != (wanted := METHODS[run["method"]].settings):
+            raise ValueError(f"{path} was made with the settings {run['options']!r}, not {wanted!r}: use another --out")
+        runs.append(run)
+        epochs += [{**{name: run[name] for name in KEYS["runs"]}, **row} for row in record["epochs"]]
+    return {"runs": pd.DataFrame(runs), "curves": pd.DataFrame(epochs)}
 
 
-def write(path: Path, table: pd.DataFrame) -> None:
-    """The table as a CSV, floats with six digits, in one move."""
-    with replacing(path) as file:
-        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+def write(tables: dict[str, pd.DataFrame], folder: Path) -> None:
+    """Write the tables that have rows as CSVs, sorted, floats with six digits."""
+    for name, table in tables.items():
+        if len(table):
+            how = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
+            table.sort_values(KEYS[name]).to_csv(folder / f"{name}.csv", **how)
 
 
-def select(records: pd.DataFrame, dataset: str, eps: float | None = None, arch: str | None = None) -> pd.DataFrame:
-    """The rows of a data set, at its first radius unless another is named, with its own network unless another is."""
-    setting = SETTINGS[dataset]
-    radius = float(f"{setting.eps[0] if eps is None else eps:.6g}")
-    own = (records["dataset"] == dataset) & (records["arch"] == (arch or setting.arch))
-    return records[own & (records["eps"] == radius)]
+def report(root: Path = ROOT) -> None:
+    """Draw all figures, and rewrite the blocks of every page. An error leaves all files as they were."""
+    contents: dict[Path, bytes] = {}
+    drawn = figures.all_figures(published("runs"), published("curves"))
+    with matplotlib.rc_context(figures.STYLE):
+        drawn["two_views"] = two_views.figure(two_views.read())
+    for name, figure in drawn.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})  # the same bytes from the same data
+        contents[root / "docs" / "study" / f"{name}.png"] = picture.getvalue()
+    found = blocks()
+    for page in PAGES:
+        contents[root / page] = with_blocks((root / page).read_text(encoding="utf-8"), found).encode()
+    for path, content in contents.items():
+        path.write_bytes(content)
 
 
-def by_method(found: pd.DataFrame, methods: Iterable[str]) -> dict[str, pd.DataFrame]:
-    """The rows of each method that has any, in the order of the methods."""
-    groups = dict(iter(found.groupby("method", sort=False)))
-    return {method: groups[method] for method in dict.fromkeys(methods) if method in groups}
+def blocks() -> dict[str, str]:
+    """Return the content of every block by its name."""
+    first, second, replication = (published(name) for name in ("runs", "runs-0.2", "replication"))
+    third = published(f"runs{LATER}") if (RESULTS / f"runs{LATER}.csv").exists() else second[:0]
+    return tables.blocks(first, second, third, replication) | two_views.blocks(two_views.read())
+
+
+def with_blocks(text: str, contents: dict[str, str]) -> str:
+    """Return the text of a page, with the content of each block that it has a marker of."""
+    for name, content in contents.items():
+        if f": {name} -->" in text:
+            text = markdown.replaced(text, name, content)
+    return text

@@ -1,216 +1,359 @@
-"""The study's tables in Markdown, so that no number in the documentation is typed. A table of nothing is ""."""
+"""The study's tables in Markdown, from its CSVs, so that no number in the documentation is typed.
 
-from collections.abc import Callable, Mapping, Sequence
+Accuracies are in %, mean ± standard deviation over seeds. Differences are in points, paired by seed, and bold if their
+interval leaves out 0. A table without lines is "".
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from math import isnan, nan
+from statistics import fmean
 
 import pandas as pd
+from scipy.stats import ttest_1samp
 
 from benchmarks import markdown
 from benchmarks.study import grid
-from benchmarks.study.cells import NAMES, counts, difference, level, measured, named, percent, place, radius, signed
-from benchmarks.study.claims import MEASURES, Claim, measures
-from benchmarks.study.paired import interval, paired_differences
-from benchmarks.study.records import by_method, select
+from benchmarks.study.claims import CLAIMS, FIRST, SECOND, Claim
+from benchmarks.study.grid import METHODS, SETTINGS, SHOWN
 
-SHOWN = (*grid.MAIN, *grid.CONTROLS)  # by the main tables, in this order
-Column = tuple[str, Callable[[str, pd.DataFrame], object]]  # a head, and the cell of a method and its runs
+NAMES = {"natural": "natural", "pgd20": "PGD-20", "cw30": "CW-30", "apgd": "APGD", "transfer": "transfer"}
+NAMES |= {"autoattack": "AutoAttack"}
+TESTS = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack")
+COLLAPSED, DEAD = 0.2, 0.5  # natural accuracies; a constant prediction has 0.1
+EACH = "\n95 % for each interval by itself.\n"
+Groups = Mapping[str, pd.DataFrame]  # the runs of each line of a table
+Column = tuple[str, Callable[[str, pd.DataFrame], object]]  # a head, and the cell of a line from its name and runs
 
-ABOUT: Column = ("what it is", lambda method, _: grid.METHODS[method].about)
-SEEDS: Column = ("seeds", lambda _, runs: len(runs))
+# Rows and pairs.
 
 
-def accuracy(measure: str, head: str | None = None) -> Column:
-    """Mean and spread of a measure."""
+def select(runs: pd.DataFrame, dataset: str, eps: float | None = None, arch: str = "digits") -> pd.DataFrame:
+    """Return the rows of a data set. `eps` None: its first radius."""
+    own = (runs["dataset"] == dataset) & (runs["arch"] == arch)
+    return runs[own & (runs["eps"] == (SETTINGS[dataset].eps[0] if eps is None else eps))]
+
+
+def by_method(runs: pd.DataFrame, methods: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """Return the rows of each method that has any, in the order of `methods`."""
+    groups = dict(iter(runs.groupby("method", sort=False)))
+    return {method: groups[method] for method in dict.fromkeys(methods) if method in groups}
+
+
+def paired(ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, *same: str) -> pd.Series:
+    """Return the differences in points of the runs that agree in data, split, network, radius, seed and `same`.
+
+    Raises:
+        ValueError: a run is there twice.
+    """
+    pair = ["dataset", "split_seed", "arch", "eps", "seed", *same]
+    if measure == "test_autoattack":  # accuracies on different images are no pair
+        pair.append("test_autoattack_images")
+    ours, theirs = (runs.dropna(subset=[measure]) for runs in (ours, theirs))
+    for runs in (ours, theirs):
+        if len(twice := runs[runs.duplicated(pair)]):
+            raise ValueError(f"each run must be there once, got two of {twice.iloc[0][['method', *pair]].to_dict()}")
+    return 100 * (ours.set_index(pair)[measure] - theirs.set_index(pair)[measure]).dropna()
+
+
+def interval(differences: pd.Series, comparisons: int = 1) -> tuple[float, float, float]:
+    """Return the mean and the ends of its 95 % interval, by Student's t.
+
+    There is no interval (NaN) for one pair, or if all differences are equal: then the images are too few to tell the
+    seeds apart, and an interval of no width would claim a certainty.
+
+    Args:
+        comparisons: the number of intervals in the table, for Bonferroni's correction.
+    """
+    if len(differences) < 2 or differences.std() < 1e-3:  # points; a CSV has six digits
+        return differences.mean(), nan, nan
+    low, high = ttest_1samp(differences, 0).confidence_interval(1 - 0.05 / comparisons)
+    return differences.mean(), low, high
+
+
+# Cells.
+
+
+def percent(shares: pd.Series) -> str:
+    """Format a mean and its spread. A count follows if some values are missing."""
+    known = shares.dropna()
+    if known.empty:
+        return "-"
+    spread = f" ± {100 * known.std():.1f}" if len(known) > 1 else ""
+    return f"{100 * fmean(known):.1f}{spread}" + ("" if len(known) == len(shares) else f" (n = {len(known)})")
+
+
+def signed(value: float) -> str:
+    """Format a difference with its sign. Zero has none, and NaN becomes a dash."""
+    text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "-" if isnan(value) else "0.0" if text[1:] == "0.0" else text
+
+
+def difference(differences: pd.Series, comparisons: int = 1) -> str:
+    """Format a mean difference and its interval."""
+    mean, low, high = interval(differences, comparisons)
+    text = signed(mean) if isnan(low) else f"{signed(mean)} [{signed(low)}, {signed(high)}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def level(comparisons: int) -> str:
+    """Return the line below a table that says how its intervals are corrected."""
+    return f"\n95 % for all {comparisons} intervals together, by Bonferroni's correction.\n" if comparisons else ""
+
+
+def named(text: str, runs: pd.DataFrame) -> str:
+    """Append how many runs collapsed to a constant prediction, because a mean over them says little."""
+    collapsed = int((runs["natural"] < COLLAPSED).sum())
+    some = "" if collapsed == len(runs) else f"{collapsed} of {len(runs)} "
+    return f"{text} ({some}collapsed)" if collapsed else text
+
+
+def place(dataset: str, eps: float | None = None) -> str:
+    """Name a data set and a radius. `eps` None: its first radius."""
+    return f"{dataset}, eps {SETTINGS[dataset].eps[0] if eps is None else eps:g}"
+
+
+def measured(name: str, runs: pd.DataFrame) -> str:
+    """Name a measure and its images. AutoAttack has the first so many test images."""
+    images = [f"{count:g}" for count in sorted({*runs["test_autoattack_images"].dropna()})]
+    first = f"first {' or '.join(images)} " if images and name == "test_autoattack" else ""
+    return f"{NAMES[name.removeprefix('test_')]}, {first}{'test' if name.startswith('test_') else 'validation'}"
+
+
+def counts(groups: Iterable[pd.DataFrame]) -> str:
+    """Return the number of runs of each group, or one number if all are equal."""
+    numbers = [str(len(runs)) for runs in groups]
+    return numbers[0] if len({*numbers}) == 1 else " / ".join(numbers)
+
+
+def accuracy(measure: str, head: str = "") -> Column:
+    """Return a column of means and standard deviations."""
     return head or NAMES[measure], lambda _, runs: percent(runs[measure])
 
 
-ACCURACIES = (accuracy("natural"), accuracy("pgd20"), accuracy("apgd"))
-
-
 def gap(measure: str) -> Column:
-    """How far a measure stays above APGD, run by run: a sign of gradient masking."""
+    """Return a column of mean differences from APGD, a sign of gradient masking."""
     return f"{NAMES[measure]} − APGD", lambda _, runs: signed(100 * (runs[measure] - runs["apgd"]).mean())
 
 
-def listing(groups: Mapping[str, pd.DataFrame], columns: Sequence[Column], head: str = "method") -> str:
-    """A line a method, which says how many of its runs collapsed."""
+ABOUT: Column = ("what it is", lambda method, _: METHODS[method].about)
+SEEDS: Column = ("seeds", lambda _, runs: len(runs))
+ZERO: Column = ("zero gradients, %", lambda _, runs: f"{100 * runs['zero_gradients'].mean():.1f}")
+ACCURACIES = accuracy("natural"), accuracy("pgd20"), accuracy("apgd")
+
+# Tables.
+
+
+def listing(groups: Groups, columns: Sequence[Column], head: str = "method") -> str:
+    """Return a table with one line per group."""
     lines = [[named(name, runs), *(cell(name, runs) for _, cell in columns)] for name, runs in groups.items()]
     return markdown.table([head, *(name for name, _ in columns)], lines)
 
 
-def methods_table(records: pd.DataFrame) -> str:
-    """A line a method: what it is, its options of the training command, and what the study changes beside.
-
-    Without the points of the sweeps and of the search: their tables say what they are.
-    """
-    elsewhere = {*grid.TAU_SWEEP, *grid.BETA_SWEEP, *grid.SEARCH} - {*SHOWN, *grid.ABLATION}
-    lines = []
-    for name in by_method(records, (name for name in grid.METHODS if name not in elsewhere)):
-        method = grid.METHODS[name]
-        changes = [f"`{field} = {value!r}`" for field, value in method.change.items()]
-        lines.append([name, method.about, ", ".join([f"`{method.options}`", *changes])])
-    return markdown.table(["method", "what it is", "options"], lines)
+def methods_table(runs: pd.DataFrame) -> str:
+    """Return the settings of the methods. The tables of the sweeps and of the search explain theirs."""
+    shown = [name for name in by_method(runs, METHODS) if METHODS[name].group in ("main", "control", "part", "other")]
+    lines = [[name, METHODS[name].about, f"`{METHODS[name].settings}`"] for name in (*shown, "ramp-beta0")]
+    return markdown.table(["method", "what it is", "settings"], lines).replace("``", "the defaults")
 
 
-def main_table(
-    records: pd.DataFrame, dataset: str, eps: float, arch: str | None = None, more: Sequence[str] = ()
-) -> str:
-    """A line a method, of SHOWN and more: accuracies on the validation images, then signs of gradient masking."""
-    zero: Column = ("zero gradients, %", lambda _, runs: f"{100 * runs['zero_gradients'].mean():.1f}")
-    groups = by_method(select(records, dataset, eps, arch), (*SHOWN, *more))
-    return listing(groups, [*ACCURACIES, gap("pgd20"), gap("cw30"), gap("transfer"), zero, SEEDS])
+def main_table(runs: pd.DataFrame, dataset: str, eps: float, more: Sequence[str] = ()) -> str:
+    """Return accuracies on validation images, then signs of gradient masking, of SHOWN and `more`."""
+    columns = *ACCURACIES, gap("pgd20"), gap("cw30"), gap("transfer"), ZERO, SEEDS
+    return listing(by_method(select(runs, dataset, eps), (*SHOWN, *more)), columns)
 
 
-def difference_table(records: pd.DataFrame, dataset: str, eps: float, against: str = "pgd-at") -> str:
-    """A line a method but the clean teacher: what it has above `against`."""
-    groups = by_method(select(records, dataset, eps), SHOWN)
-    baseline = groups.pop(against, records[:0])
+def page_table(runs: pd.DataFrame, dataset: str) -> str:
+    """Return the table of docs/study.md: accuracies, and the lead over PGD-AT as in `difference_table`."""
+    groups = by_method(select(runs, dataset), SHOWN)
+    shown = 2 * (len(groups) - len(grid.NEEDED))
+
+    def lead(method: str, runs: pd.DataFrame) -> str:
+        pairs = paired(runs, groups["pgd-at"], "apgd", "epochs")
+        return "-" if method in grid.NEEDED else difference(pairs, shown)
+
+    columns: list[Column] = [ABOUT, ACCURACIES[0], ACCURACIES[2], ("APGD − pgd-at", lead), SEEDS]
+    return listing(groups, columns) + level(shown)
+
+
+def difference_table(runs: pd.DataFrame, dataset: str, eps: float, against: str = "pgd-at") -> str:
+    """Return the differences of every method from one of them."""
+    groups = by_method(select(runs, dataset, eps), SHOWN)
     groups.pop("clean", None)
+    baseline = groups.pop(against, runs[:0])
     return compared(groups, dict.fromkeys(groups, baseline), less=f" − {against}")
 
 
-def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float, arch: str | None = None) -> str:
-    """Whether runs give the numbers of the same runs of version 0.1.0.
-
-    Another processor, another release of torch or of the training loop rounds differently, and training makes another
-    network of that: the differences should be chance, and none bold.
-    """
-    ours, theirs = (by_method(select(records, dataset, eps, arch), SHOWN) for records in (here, there))
+def agreement_table(here: pd.DataFrame, there: pd.DataFrame, dataset: str, eps: float) -> str:
+    """Return the differences of runs from the same runs of version 0.1.0. They should be chance, none bold."""
+    ours, theirs = (by_method(select(runs, dataset, eps), SHOWN) for runs in (here, there))
     return compared(ours, theirs, head="less 0.1.0")
 
 
-def compared(
-    groups: Mapping[str, pd.DataFrame], others: Mapping[str, pd.DataFrame], head: str = "method", less: str = ""
-) -> str:
-    """A line a method that has pairs with its others: the differences of natural and APGD accuracy, seed by seed.
-
-    The intervals are corrected for how many the table shows. Bold: leaves out 0.
-    """
-    both = ("natural", "apgd")
+def compared(groups: Groups, others: Groups, head: str = "method", less: str = "") -> str:
+    """Return the differences of natural and APGD accuracy between groups of the same name."""
     pairs = {
-        method: [paired_differences(runs, others.get(method, runs[:0]), measure, ["epochs"]) for measure in both]
-        for method, runs in groups.items()
+        name: [paired(runs, others.get(name, runs[:0]), measure, "epochs") for measure in ("natural", "apgd")]
+        for name, runs in groups.items()
     }
-    shown = sum(len(found) > 1 for of in pairs.values() for found in of)
+    shown = sum(len(found) > 1 for both in pairs.values() for found in both)
     lines = [
-        [named(method, groups[method]), *(difference(interval(found, max(1, shown))) for found in of), len(of[-1])]
-        for method, of in pairs.items()
-        if len(of[-1])
-    ]
-    return markdown.table([head, *(NAMES[measure] + less for measure in both), "pairs"], lines) + level(shown)
+        [named(name, groups[name]), *(difference(found, max(1, shown)) for found in both), len(both[1])]
+        for name, both in pairs.items() if len(both[1])
+    ]  # fmt: skip
+    return markdown.table([head, f"natural{less}", f"APGD{less}", "pairs"], lines) + level(shown)
 
 
-def search_table(records: pd.DataFrame, dataset: str) -> str:
-    """A line a change that the search for a recipe tried, at the data set's first radius, and what came of it.
+def search_table(runs: pd.DataFrame, dataset: str) -> str:
+    """Return the search for a recipe: each method less the one that it changes. Its seeds are too few for intervals."""
+    groups = by_method(select(runs, dataset), METHODS)
 
-    The differences are from the method that was changed, seed by seed; without intervals, for which a search has too
-    few seeds: it chooses what to look at, and shows nothing.
-    """
-    groups = by_method(select(records, dataset), grid.METHODS)
+    def changed(method: str) -> str:
+        return max((name for name in SHOWN if method.startswith(name)), key=len)
 
     def change(method: str, runs: pd.DataFrame, measure: str) -> str:
-        return signed(paired_differences(runs, groups.get(grid.base_of(method), runs[:0]), measure).mean())
+        return signed(paired(runs, groups.get(changed(method), runs[:0]), measure).mean())
 
     changes: list[Column] = [(NAMES[measure], partial(change, measure=measure)) for measure in ("natural", "apgd")]
-    less: Column = ("less", lambda method, _: grid.base_of(method))
-    columns = [ABOUT, accuracy("natural"), accuracy("apgd"), less, *changes, gap("pgd20"), SEEDS]
-    return listing({name: runs for name, runs in groups.items() if name in grid.SEARCH}, columns)
+    less: Column = ("less", lambda method, _: changed(method))
+    columns = [ABOUT, ACCURACIES[0], ACCURACIES[2], less, *changes, gap("pgd20"), SEEDS]
+    return listing({name: group for name, group in groups.items() if name in grid.SEARCH}, columns)
 
 
-def paper_table(records: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
-    """The paper's Tables 3a, 3b and 3c on digits: a line a method under its label, once there are two of them."""
-    groups = by_method(select(records, "digits"), labels)
-    lines = {str(label): groups.get(method, records[:0]) for method, label in labels.items()}
-    return listing(lines if len(groups) > 1 else {}, [*more, *ACCURACIES, SEEDS], head)
+def paper_table(runs: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
+    """Return one of the paper's Tables 3a, 3b and 3c on digits. `labels` has the text of each method's line."""
+    groups = by_method(select(runs, "digits"), labels)
+    return listing({str(labels[name]): group for name, group in groups.items()}, [*more, *ACCURACIES, SEEDS], head)
 
 
-def capacity_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
-    """The paper's Table 1: natural / APGD, a line a method that was run at two widths or more, a column a width."""
+def capacity_table(runs: pd.DataFrame, dataset: str, eps: float) -> str:
+    """Return the paper's Table 1: natural / APGD, one column per width, of methods with two widths or more."""
     lines = []
-    for method, runs in by_method(records, (*grid.CAPACITY, *grid.LARGER)).items():
-        found = [select(runs, dataset, eps, arch) for arch in grid.WIDTHS]
-        if sum(len(of) > 0 for of in found) > 1:
-            both = [named(f"{percent(of['natural'])} / {percent(of['apgd'])}", of) if len(of) else "-" for of in found]
-            lines.append([method, *both, counts(found)])
+    for method, group in by_method(runs, (*grid.CAPACITY, *grid.LARGER)).items():
+        found = [select(group, dataset, eps, arch) for arch in grid.WIDTHS]
+        cells = [f"{percent(own['natural'])} / {percent(own['apgd'])}" if len(own) else "-" for own in found]
+        if sum(len(own) > 0 for own in found) > 1:
+            lines.append([method, *map(named, cells, found), counts(found)])
     widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
     return markdown.table(["method", *widths, "seeds"], lines)
 
 
-def test_table(records: pd.DataFrame, dataset: str, eps: float) -> str:
-    """A line a method whose test images were read."""
-    found = select(records, dataset, eps).dropna(subset=["test_natural"])
-    groups = by_method(found, (*SHOWN, *found["method"]))  # a claim can be about any method
-    return listing(groups, [*(accuracy(name, measured(name, found)) for name in MEASURES), SEEDS])
+def test_table(runs: pd.DataFrame, dataset: str, eps: float) -> str:
+    """Return the accuracies on test images of the methods that were read."""
+    found = select(runs, dataset, eps).dropna(subset=["test_natural"])
+    columns = [accuracy(name, measured(name, found)) for name in TESTS]
+    return listing(by_method(found, (*SHOWN, *found["method"])), [*columns, SEEDS])
 
 
-def claims_table(records: pd.DataFrame, claims: Sequence[Claim], comparisons: int) -> str:
-    """A line a claim, once one of them can be judged.
-
-    A claim holds where the whole interval is above 0, and is refuted where all of it is below.
+def claims_table(runs: pd.DataFrame, claims: Sequence[Claim], comparisons: int) -> str:
+    """Return the claims and their outcome. A claim is judged once all of its seeds are there, and by no others.
 
     Args:
-        comparisons: claims that the intervals are corrected for, earlier rounds included.
+        comparisons: number of claims that the intervals are corrected for, earlier rounds included.
     """
-    lines, judged = [], False
-    for claim in claims:
-        found = select(records, claim.dataset, claim.eps)
-        found = found[found["seed"].isin(claim.seeds) & found["method"].isin([claim.better, claim.worse])]
-        better, worse = (found[found["method"] == method] for method in (claim.better, claim.worse))
-        differences = paired_differences(better, worse, claim.measure)
-        cells = ["-", "-", f"{len(differences)} of {len(claim.seeds)}"]
-        if len(differences) == len(claim.seeds):
-            judged, result = True, interval(differences, comparisons)
-            verdict = "yes" if result.low > 0 else "no" if result.high < 0 else "not shown"
-            cells = [difference(result), verdict, str(len(differences))]
-        where, what = place(claim.dataset, claim.eps), f"{claim.better} > {claim.worse}"
-        lines.append([where, what, measured(claim.measure, found), *cells])
-    head = ["where", "claim", "of", "difference", "holds", "pairs"]
-    return markdown.table(head, lines) + level(comparisons) if judged else ""
-
-
-def compact_table(records: pd.DataFrame, claims: Sequence[Claim]) -> str:
-    """For the README: the main methods and those that a claim is about, at each data set's first radius.
-
-    Natural accuracy and APGD on the validation images, and what the claims are of on the test images.
-    """
-    found = {dataset: runs for dataset in grid.SETTINGS if len(runs := select(records, dataset))}
-    columns = [
-        (dataset, name)
-        for dataset, runs in found.items()
-        for name in ("natural", "apgd", *measures(dataset, claims))
-        if runs[name].notna().any()
-    ]
-
-    def cell(runs: pd.DataFrame, name: str) -> str:
-        return named(percent(runs[name]), runs) if name == "natural" else percent(runs[name])
-
     lines = []
-    for method in dict.fromkeys([*grid.MAIN, *(name for claim in claims for name in (claim.better, claim.worse))]):
-        own = {dataset: runs[runs["method"] == method] for dataset, runs in found.items()}
-        if any(map(len, own.values())):
-            lines.append([method, *(cell(own[dataset], name) for dataset, name in columns), counts(own.values())])
-    head = [f"{place(dataset)}, {measured(name, found[dataset])}" for dataset, name in columns]
-    return markdown.table(["accuracy in %", *head, "seeds"], lines)
+    for claim in claims:
+        found = select(runs, claim.dataset, claim.eps)
+        found = found[found["seed"].isin(claim.seeds) & found["method"].isin([claim.better, claim.worse])]
+        pairs = paired(*(found[found["method"] == method] for method in (claim.better, claim.worse)), claim.measure)
+        _, low, high = interval(pairs, comparisons)
+        cells = [difference(pairs, comparisons), "yes" if low > 0 else "no" if high < 0 else "not shown", len(pairs)]
+        if len(pairs) < len(claim.seeds):
+            cells = ["-", "-", f"{len(pairs)} of {len(claim.seeds)}"]
+        where = place(claim.dataset, claim.eps), f"{claim.better} > {claim.worse}", measured(claim.measure, found)
+        lines.append([*where, *cells])
+    return markdown.table(["where", "claim", "of", "difference", "holds", "pairs"], lines) + level(comparisons)
 
 
-def provenance(records: pd.DataFrame) -> str:
-    """Epochs, split, device, versions and dates of the runs, in a line; every value that occurs."""
-    columns = ("epochs", "split_seed", "device", "torch", "python", "cktat_loss")
-    every = {name: ", ".join(map(str, sorted(records[name].unique()))) for name in columns}
-    dates = " to ".join(sorted({records["date"].min(), records["date"].max()}))
-    return (
-        "{epochs} epochs, split seed {split_seed}; {device}, torch {torch}, Python {python}, cktat-loss {cktat_loss}, "
-        "{dates}.\n"
-    ).format(**every, dates=dates)
+def readme_table(runs: pd.DataFrame) -> str:
+    """Return the README's table: natural and robust accuracy on test images, with the number of seeds in the cell."""
+    found = {dataset: select(runs, dataset).dropna(subset=["test_natural"]) for dataset in SETTINGS}
+    robust = {claim.dataset: claim.measure for claim in FIRST}
+    columns: list[Column] = []
+    for dataset, own in found.items():
+        for measure in ("test_natural", robust[dataset]):
+
+            def cell(_: str, runs: pd.DataFrame, dataset: str = dataset, measure: str = measure) -> str:
+                values = runs.loc[runs["dataset"] == dataset, measure]
+                return f"{percent(values)} (n = {len(values)})" if len(values) else "-"
+
+            columns.append((f"{place(dataset)}: {measured(measure, own)}", cell))
+    return listing(by_method(pd.concat(found.values()), SHOWN), columns)
 
 
-def captioned(
-    table: Callable[[pd.DataFrame, str, float], str], records: pd.DataFrame, dataset: str | None = None
-) -> str:
-    """A table of each radius of a data set, or of all data sets, under its caption; without those that are empty."""
-    found = {
-        f"eps {radius(eps)}" if dataset else place(name, eps): table(records, name, eps)
-        for name in ([dataset] if dataset else grid.SETTINGS)
-        for eps in grid.SETTINGS[name].eps
-    }
+def replication_table(runs: pd.DataFrame) -> str:
+    """Return the replication: runs with another split and other seeds, and with terms added to the methods."""
+    first = ("pgd-at", "pgd-at-weighted-cold", "adaptive", "adaptive-cold", "literal", "literal-tau2", "detach")
+    ordered = runs.assign(method=pd.Categorical(runs["method"], [*first, "detach-tau2"]))
+    groups, lines = dict(iter(ordered.groupby(["method", "clean_label", "clean_guidance"], observed=True))), []
+    for (method, label, guidance), group in groups.items():
+        added = f"{label:g} CE(S(x), y)" if label else f"clean guidance {guidance:g}" if guidance else "-"
+        others = [groups.get((name, 0, 0), group[:0]) for name in ("pgd-at", method)]
+        gaps = ["-" if other is group else difference(paired(group, other, "apgd")) for other in others]
+        dead = (group["natural"] < DEAD).sum() or "-"
+        lines.append([method, added, percent(group["natural"]), percent(group["apgd"]), *gaps, dead, len(group)])
+    head = ["method", "with", "natural", "APGD", "APGD − pgd-at", "APGD − without", "natural below 50 %", "seeds"]
+    return markdown.table(head, lines) + EACH
+
+
+def together_table(replication: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """Return what clean guidance adds to `adaptive` on digits, in the study and in the replication."""
+    again = replication[(replication["method"] == "adaptive") & (replication["clean_label"] == 0)]
+    again = again.assign(method=again["clean_guidance"].map({0: "adaptive", 1: "adaptive-clean-guidance"}))
+    parts = {}
+    for where, found in (("the study", runs), ("the replication", again)):
+        sides = (found[found["method"] == name] for name in ("adaptive-clean-guidance", "adaptive"))
+        parts[where] = paired(*sides, "apgd")
+    parts["both"] = pd.concat(parts.values())
+    lines = [[name, difference(values), len(values)] for name, values in parts.items()]
+    return markdown.table(["runs of", "APGD, adaptive-clean-guidance − adaptive", "pairs"], lines) + EACH
+
+
+def provenance(runs: pd.DataFrame) -> str:
+    """Return a line with every value of epochs, split, device, versions and dates that occurs."""
+    names = ("epochs", "split_seed", "device", "torch", "python", "cktat_loss")
+    values = [", ".join(map(str, sorted(runs[name].unique()))) for name in names]
+    dates = " to ".join(sorted({runs["date"].min(), runs["date"].max()}))
+    text = "{} epochs, split seed {}; {}, torch {}, Python {}, cktat-loss {}, {}.\n".format(*values, dates)
+    return f"\n{grid.VALIDATION} validation images; {text}"
+
+
+def captioned(table: Callable[[pd.DataFrame, str, float], str], runs: pd.DataFrame, dataset: str | None = None) -> str:
+    """Return the tables of all radii under captions, without the empty ones. `dataset` None: of all data sets."""
+    places = [(name, eps) for name in ([dataset] if dataset else SETTINGS) for eps in SETTINGS[name].eps]
+    found = {(f"eps {eps:g}" if dataset else place(name, eps)): table(runs, name, eps) for name, eps in places}
     return "\n".join(f"{caption}:\n\n{text}" for caption, text in found.items() if text)
+
+
+def blocks(runs: pd.DataFrame, second: pd.DataFrame, third: pd.DataFrame, replication: pd.DataFrame) -> dict[str, str]:
+    """Return all tables by the name of their block.
+
+    Args:
+        runs: the study, by version 0.1.0.
+        second: the second round of claims and a repetition, by version 0.2.
+        third: a repetition by the training loop of version 0.3.
+    """
+    text = {
+        "methods": methods_table(runs),
+        "ablation": paper_table(runs, {name: name for name in grid.ABLATION}, "method", ABOUT),
+        "tau": paper_table(runs, grid.TAU_SWEEP, "tau"),
+        "beta": paper_table(runs, grid.BETA_SWEEP, "beta"),
+        "capacity": captioned(capacity_table, runs),
+        "test": captioned(test_table, runs),
+        "claims": claims_table(runs, FIRST, len(FIRST)),
+        "test-again": captioned(test_table, second),
+        "claims-again": claims_table(second, SECOND, len(CLAIMS)),
+        "agreement": captioned(partial(agreement_table, second), runs),
+        "agreement-0.3": captioned(partial(agreement_table, third), runs),
+        "replication-together": together_table(select(replication, "digits"), select(runs, "digits")),
+        "study": readme_table(runs),
+    }
+    for name, setting in SETTINGS.items():
+        own = runs[(runs["dataset"] == name) & (runs["arch"] == "digits")]
+        text[f"page-{name}"] = page_table(runs, name)
+        text[f"main-{name}"] = captioned(main_table, runs, name) + provenance(own)
+        text[f"differences-{name}"] = captioned(difference_table, runs, name)
+        text[f"controls-{name}"] = difference_table(runs, name, setting.eps[0], "adaptive")
+        text[f"search-{name}"] = search_table(runs, name)
+        text[f"replication-{name}"] = replication_table(select(replication, name))
+    return text
