@@ -44,11 +44,9 @@ def _loss(*args: Any, reduction: Any = "none") -> Tensor:
 
 
 def _sum_of_terms(*args: Any) -> Tensor:
-    (guidance, consistency), beta = functional.cktat_terms(*args[:4]), args[4]
-    if (
-        len(args) > 5 and args[5] is not None
-    ):  # cast, because weights of float32 logits are float32 even if other logits are float64
-        beta = adaptive_beta(args[1].to(guidance.dtype), args[5], beta)
+    (guidance, consistency), beta, y = functional.cktat_terms(*args[:4]), args[4], args[5] if len(args) > 5 else None
+    if y is not None:  # cast, because weights of float32 logits are float32 even if other logits are float64
+        beta = adaptive_beta(args[1].to(guidance.dtype), y, beta)
     return guidance + (beta.to(guidance.dtype) if isinstance(beta, Tensor) else beta) * consistency
 
 
