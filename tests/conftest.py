@@ -28,9 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("run", derandomize=True, max_examples=EXAMPLES[config.option.backend], **unhurried)
     settings.load_profile("run")
     if config.option.backend == "interpreter":
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         # NumPy warns about lanes outside the mask.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    torch.set_num_threads(1)  # the CPU backend's blocks grow with the number of threads
+    backends.use(config.option.backend)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,14 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _backend(pytestconfig: pytest.Config) -> None:
-    torch.set_num_threads(1)  # the CPU backend's blocks grow with the number of threads
-    backends.use(pytestconfig.option.backend)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
+def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 

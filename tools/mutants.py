@@ -431,8 +431,8 @@ def results(mutations: Sequence[Mutation], backend: str, jobs: int, scratch: Pat
         mutation, folder = running.pop(pid)
         log = (folder / "log").read_text() if (folder / "log").exists() else ""
         shutil.rmtree(folder)
-        # Anything but passed or failed, such as a syntax error, says nothing about the test.
-        caught = status == 1 << 8 and " failed" in log
+        # A test fails, or crashes where a kernel writes outside its memory. A syntax error says nothing about the test.
+        caught = (status == 1 << 8 and " failed" in log) or os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGABRT)
         yield mutation, "caught" if caught else "SURVIVED" if status == 0 else f"ERROR {status}\n{log}"
 
 
