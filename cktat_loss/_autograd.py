@@ -24,7 +24,7 @@ NO_GRADIENTS = Needs(clean=False, adv=False)
 
 
 def loss(problem: Problem, weighting: Weighting, return_terms: bool, backend: str) -> tuple[Tensor, CKTATTerms | None]:
-    """Compute the loss, differentiable any number of times in the logits of the student.
+    """Compute the loss. Under torch.compile it is differentiable once, otherwise any number of times.
 
     The terms are detached, and None unless ``return_terms``.
     """
@@ -46,7 +46,7 @@ def loss(problem: Problem, weighting: Weighting, return_terms: bool, backend: st
 
 
 def terms(problem: Problem, backend: str) -> CKTATTerms:
-    """Compute both terms, each (N,), differentiable any number of times in the logits of the student."""
+    """Compute both terms, each (N,), differentiable as the loss is."""
     compiling = torch.compiler.is_compiling()
     if is_transformed() or (compiling and is_exporting()):
         return _plain.terms_forward(problem)
@@ -159,8 +159,7 @@ class _Terms(torch.autograd.Function):
 class _TermsInGraph(torch.autograd.Function):
     """Both terms for torch.compile, with a backward pass that starts from the logits.
 
-    If the compiler derived the backward pass itself, it would save five more tensors of the logits' size. The compiler
-    fuses plain operations, whereas a custom operator would cost twice the host time.
+    If the compiler derived the backward pass itself, it would save five more tensors of the logits' size.
     """
 
     @staticmethod
@@ -223,8 +222,8 @@ def _is_differentiated(*grad_outputs: Tensor) -> bool:
 def _as_views(problem: Problem) -> Problem:
     """Return a problem with views of the student's logits.
 
-    A view ends the path of a derivative: if the adversarial logits were computed from the clean ones, the gradient of
-    the clean logits must still be the partial derivative.
+    Differentiating with respect to a fresh view of each gives partial derivatives, even if the adversarial logits were
+    computed from the clean ones.
     """
     clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
     return Problem(clean, adv, problem.teacher, problem.tau)

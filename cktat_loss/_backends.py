@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-# The gradients of the clean and of the adversarial logits, each (N, C) in its logits' dtype. None if not needed.
+# The gradients of the clean and of the adversarial logits, each (N, C). None if not needed. A backend returns each in
+# its logits' dtype.
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
@@ -126,7 +127,8 @@ def _is_exporting() -> bool:
 
 if hasattr(torch.compiler, "is_exporting"):
     is_exporting = torch.compiler.is_exporting
-else:  # floor: torch 2.6, the oldest supported version, has no is_exporting. Dynamo calls a function that has the mark
-    # below at once, and takes its result as a constant.
+else:
+    # floor: torch 2.6 has no is_exporting. While tracing, Dynamo evaluates a function that is marked like this one, and
+    # uses its result as a constant. Both names are those of 2.6.
     is_exporting = _is_exporting
     is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

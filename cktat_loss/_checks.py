@@ -44,7 +44,7 @@ def reduction(value: str) -> str:
 
 
 def backend(value: str, *logits: Tensor) -> str:
-    """Return the backend's name. Raise if it is unknown, or "triton" and the kernels do not support the logits."""
+    """Return the backend's name. Raise if it is unknown, or is "triton" and the kernels cannot take the logits."""
     choice("backend", value, ("auto", "triton", "torch"))
     if value != "triton":
         return value
@@ -180,7 +180,8 @@ def flag(name: str, value: bool) -> bool:
 def describe(value: object) -> str:
     """Describe a value for an error message.
 
-    A tensor is described by shape, dtype and device, a number or string by its repr, anything else by its type.
+    A tensor is described by shape, dtype and device; a number, string, bool or None by its repr and type; anything else
+    by its type.
     """
     if isinstance(value, Tensor):
         kind = "nested tensor" if value.is_nested else "tensor"

@@ -92,7 +92,7 @@ def _all_rows(
     """
     clean, adv, teacher, tau = problem
     n, classes = adv.shape
-    # One share per thread, capped at a fifth of the input, so that temporaries are a small part of a large input.
+    # One share per thread, but at most a fifth of the input, and at least one share.
     elements = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
     step = max(1, max(elements, BLOCK_ELEMENTS_PER_THREAD) // classes)
     if n <= step:
@@ -168,7 +168,7 @@ def _divergence_(x: Tensor, p: Tensor, sums: Tensor, x_a: Tensor, p_a: Tensor, s
     mean_d = (p * d).sum(1)
     shift = (sum_a / sums).log_().squeeze(1)  # one logarithm of the ratio rounds less than the difference of two
     kl = mean_d + shift
-    lowest = kl.amin().item() if kl.numel() else math.inf  # NaN if any row's KL is
+    lowest = kl.amin().item() if kl.numel() else math.inf  # NaN if the KL of any row is NaN
     if math.isnan(lowest):
         d.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, but d may be inf - inf
         mean_d = (p * d).sum(1)

@@ -87,7 +87,7 @@ def move(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 
 def _check_runnable(teacher: nn.Module) -> None:
-    """Refuse a teacher that has no values or cannot be put into eval mode."""
+    """Refuse a teacher that has no values, cannot be put into eval mode, or is TorchScript."""
     for name, tensor in _tensors(teacher):
         if is_lazy(tensor):
             raise ValueError(f"teacher must have values, but {name} is lazy: run a forward pass first")
@@ -139,13 +139,11 @@ def _train_mode_call(module: fx.GraphModule) -> str | None:
             continue
         normalized = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
         arguments = node.kwargs if normalized is None else normalized.kwargs
-        # Dropout, BatchNorm, RReLU and recurrent layers; then InstanceNorm with statistics; then attention.
-        if (
-            arguments.get("train") is True
-            or arguments.get("training") is True
-            or (arguments.get("use_input_stats") is True and arguments.get("running_mean") is not None)
-            or (isinstance(rate := arguments.get("dropout_p"), float) and rate > 0)
-        ):
+        is_training = arguments.get("train") is True or arguments.get("training") is True
+        # InstanceNorm with running statistics, and attention, say it in their own ways.
+        counts = arguments.get("use_input_stats") is True and arguments.get("running_mean") is not None
+        rate = arguments.get("dropout_p")
+        if is_training or counts or (isinstance(rate, float) and rate > 0):
             return str(node.target)
     return None
 
@@ -176,7 +174,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _count_hooks(module: nn.Module) -> int:
-    """Count the hooks of a module without those of torch.export. A copy of an exported module has guards instead."""
+    """Count the hooks of a module without those of torch.export, which a copy replaces by guards."""
     return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
 
 

@@ -1,4 +1,4 @@
-"""Copy a clean teacher's weights into a student in place, all of them or none."""
+"""Copy a clean teacher's weights into a student in place."""
 
 from __future__ import annotations
 

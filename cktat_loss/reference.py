@@ -1,7 +1,7 @@
 """Eq. 17 in a few lines of PyTorch, clear rather than fast.
 
-Values and first derivatives are tested against an independent implementation in float64 NumPy, ``tests/oracle.py``.
-Second derivatives and transforms are tested against this module.
+The package's values and first derivatives are tested against an independent implementation in float64 NumPy,
+``tests/oracle.py``. Its second derivatives and transforms are tested against this module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     seen = log_p > -torch.inf
     # Select on both sides of the product: otherwise a class with p = 0 would make the gradient NaN.
     ratio = torch.where(seen, log_p, 0.0) - torch.where(seen, log_q, 0.0)
-    # Keep NaN: a row that is masked everywhere, or has a NaN, has no probabilities.
+    # In a row with a NaN, or masked everywhere, no class is seen. The product with the sum keeps the NaN.
     return (torch.where(seen, log_p.exp(), 0.0 * log_p.exp().sum(1, keepdim=True)) * ratio).sum(1)
 
 

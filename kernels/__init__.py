@@ -46,14 +46,14 @@ def __getattr__(name: str) -> Any:
 
 
 def is_available() -> bool:
-    """True if Triton is installed and can run: on a GPU, or in its interpreter."""
+    """True if Triton is installed and there is a GPU, or its interpreter is on."""
     return INSTALLED and (torch.cuda.is_available() or _interpreting())
 
 
 def supports(tensor: Tensor) -> bool:
     """True if Triton can take this tensor: float16, bfloat16 or float32 on a CUDA or ROCm GPU.
 
-    CPU tensors are supported only in Triton's interpreter. The launches below this function do not check the device.
+    CPU tensors are supported only in Triton's interpreter. launch.py relies on this check.
     """
     answer = _supports.__wrapped__ if torch.compiler.is_compiling() else _supports  # Dynamo warns of lru_cache
     return answer(type(tensor), tensor.dtype, tensor.device)

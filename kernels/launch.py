@@ -38,7 +38,7 @@ FEW_ROWS_BLOCK, FEW_ROWS_WARPS = 4096, 8
 DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) and not torch.version.hip
 # Triton has had this since 3.4. Without it, Plan.launch assumes that launch hooks are set.
 RUNTIME = getattr(getattr(triton, "knobs", None), "runtime", None)
-# A tile has at most 256 rows, so that beyond them the number of rows makes no other plan.
+# A tile has at most 256 rows, so that all larger N share one plan.
 MAX_ROWS_IN_KEY = 257
 
 # The weighting of a launch that computes terms and no loss.
@@ -256,8 +256,8 @@ def loss_forward(problem: Problem, weighting: Weighting, needs: Needs, return_te
     It reads 3 elements per logit position and writes one per gradient. Beyond ``ROWS_UP_TO`` classes the gradients take
     a second reading. If several programs share a mean or a sum, torch adds up their partial sums.
 
-    Gradients wait for the backward pass if ``grad_output`` is never one: float16 gradients, which must be scaled by a
-    GradScaler before they are cast, and reduction "none", where each sample has its own.
+    float16 gradients wait for the backward pass, because a GradScaler's factor must be applied before the cast. So do
+    those of reduction "none", where each sample has a grad_output of its own.
     """
     clean, adv, reduction = problem.clean, problem.adv, weighting.reduction
     n, is_reduced = clean.shape[0], reduction != "none"

@@ -44,7 +44,7 @@ def load_logits(pointers, mask):
 
 @triton.jit
 def per_row(value, STRIDE: tl.constexpr, rows, inside):
-    """Return a float32 per row, from a number (STRIDE None) or from a pointer to () (STRIDE 0) or (N,) (STRIDE 1)."""
+    """Return a float32 per row, from a number (STRIDE None) or from a pointer: STRIDE is 0 for a single value."""
     if STRIDE is None:
         return tl.zeros(rows.shape, tl.float32) + value
     else:  # noqa: RET505 - Triton compiles one branch
@@ -60,7 +60,10 @@ def load_labels(y_ptr, rows, inside, C: tl.constexpr):
 
 @triton.jit
 def rates(tau):
-    """Return 1 / tau and log2(e) / tau, clamped to finite positive numbers: 0 * inf and -inf * 0 would be NaN."""
+    """Return 1 / tau and log2(e) / tau, clamped to finite positive numbers.
+
+    If a tiny tau made them infinite, 0 * inf would be NaN. If a huge tau made them zero, -inf * 0 would be NaN.
+    """
     rate = tl.minimum(tl.maximum(1.0 / tl.full((), tau, tl.float32), 1.2e-38), 3.4e38)
     return rate, tl.minimum(rate * 1.4426950408889634, 3.4e38)
 

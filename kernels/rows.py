@@ -38,7 +38,7 @@ def rows_kernel(
     CLEAN_STRIDE: tl.constexpr,  # elements from one row to the next
     ADV_STRIDE: tl.constexpr,
     TEACHER_STRIDE: tl.constexpr,
-    BETA_STRIDE: tl.constexpr,  # 1 for (N,), 0 for (), None for a number
+    BETA_STRIDE: tl.constexpr,  # elements from one row to the next, 0 for a single value, None for a number
     GUIDANCE_STRIDE: tl.constexpr,  # likewise, of w_guidance
     CONSISTENCY_STRIDE: tl.constexpr,  # likewise, of w_consistency
     REDUCTION: tl.constexpr,  # "mean", "sum" or "none"

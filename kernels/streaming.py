@@ -108,7 +108,8 @@ def merge_chunks(max_c, max_a, max_t, log_sum_c, log_sum_a, log_sum_t, guidance,
         1.0,
         1.4426950408889634,
     )
-    # A chunk without mass may have an infinite KL: select, do not multiply. The KL between chunks is NaN if a logit is.
+    # A chunk without mass may have an infinite KL: select, do not multiply. A select may drop a NaN, but then the KL
+    # between chunks is NaN.
     guidance = guidance_between + row_sum(tl.where(p_t > 0, p_t * guidance, 0.0))
     consistency = consistency_between + row_sum(tl.where(p_c > 0, p_c * consistency, 0.0))
     return top_c, top_a, top_t, row_c, row_a, row_t, guidance, consistency
@@ -166,7 +167,7 @@ def streaming_kernel(
     CLEAN_STRIDE: tl.constexpr,  # elements from one row to the next
     ADV_STRIDE: tl.constexpr,
     TEACHER_STRIDE: tl.constexpr,
-    BETA_STRIDE: tl.constexpr,  # 1 for (N,), 0 for (), None for a number
+    BETA_STRIDE: tl.constexpr,  # elements from one row to the next, 0 for a single value, None for a number
     GUIDANCE_STRIDE: tl.constexpr,  # likewise, of w_guidance
     CONSISTENCY_STRIDE: tl.constexpr,  # likewise, of w_consistency
     REDUCTION: tl.constexpr,  # "mean", "sum" or "none"
