@@ -100,6 +100,18 @@ def readme_speed(rows: Sequence[Row]) -> str:
     return f"{pivot('N × C', chosen, problem, contender, faster)}\n{scatter(chosen)}"
 
 
+def readme_gpu(rows: Sequence[Row]) -> str:
+    """Return the times on a GPU of the contenders that a user chooses between, float32 only."""
+    names = ("usual", "usual, log_target", "usual, compiled", "ours")
+    chosen = [row for row in timed(rows, dtype="float32") if row["contender"] in names]
+
+    def cell(row: Row, line: dict[str, Row]) -> str:
+        text = f"{microseconds(row['us_50'])} µs"
+        return f"**{text}**" if row is min(line.values(), key=lambda one: float(one["us_50"])) else text
+
+    return f"{pivot('N × C', chosen, problem, contender, cell)}\n{where(chosen)}.\n" if chosen else ""
+
+
 def cpu_speed(rows: Sequence[Row]) -> str:
     chosen = sorted(without(timed(rows, dtype="float32"), "copy"), key=lambda row: row["logits"])
     speed, ordinary = pivot("N × C", chosen, problem, contender, faster), timed(chosen, logits="independent")
@@ -126,6 +138,7 @@ def gpu_speed(rows: Sequence[Row]) -> str:
 
 def host(rows: Sequence[Row]) -> str:
     """Return the host's CPU time, its share of the usual expression's, and launches."""
+    rows = [row for row in rows if row["dtype"] == "float32"]
     usual = {problem(row): float(row["host_us"]) for row in rows if row["contender"] == "usual" and row["host_us"]}
 
     def cell(row: Row, _: dict[str, Row]) -> str:
@@ -284,7 +297,7 @@ Table = Callable[[Sequence[Row]], str]
 GPU = "speed-[!c]*.csv"  # all devices but cpu
 # By page, the passage between the markers of each name: the CSVs that it is made of, and how.
 PAGES: dict[str, dict[str, tuple[str, Table]]] = {
-    "README.md": {"speed": ("speed-cpu.csv", readme_speed)},
+    "README.md": {"speed": ("speed-cpu.csv", readme_speed), "speed-gpu": (GPU, readme_gpu)},
     "docs/benchmarks.md": {
         "speed": ("speed-cpu.csv", cpu_speed),
         "gpu": (GPU, gpu_speed),

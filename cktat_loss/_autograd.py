@@ -77,8 +77,8 @@ def choose(backend: str, *logits: Tensor) -> Backend:
 class _Loss(torch.autograd.Function):
     """The loss as one node of the autograd graph.
 
-    A backend may compute the gradients with the loss, for a grad_output of one. They serve one backward pass, which
-    scales them. A second backward pass over a retained graph computes the gradients again.
+    A backend may precompute gradients together with the loss. They serve one backward pass, which completes them for
+    the real grad_output. A second backward pass over a retained graph computes the gradients again.
     """
 
     @staticmethod
@@ -159,8 +159,8 @@ class _Terms(torch.autograd.Function):
 class _TermsInGraph(torch.autograd.Function):
     """Both terms for torch.compile, with a backward pass that starts from the logits.
 
-    If the compiler derived the backward pass itself, it would save five tensors of the logits' size. The compiler fuses
-    plain operations, whereas a custom operator would cost twice the host time.
+    If the compiler derived the backward pass itself, it would save five more tensors of the logits' size. The compiler
+    fuses plain operations, whereas a custom operator would cost twice the host time.
     """
 
     @staticmethod
@@ -186,10 +186,11 @@ def _terms_in_graph(problem: Problem) -> CKTATTerms:
 
 
 def _bind(gradient: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient through an expression that depends on the logits, so that a compiled graph must save them.
+    """Return the gradient unchanged, but make the compiled graph depend on the logits, so that it must save them.
 
     If a graph saves only intermediates, a second derivative is silently wrong in torch 2.6 to 2.11. If it saves an
-    input that requires grad, PyTorch raises. The gradient is NaN wherever the weight is, so that the value is the same.
+    input that requires grad, PyTorch raises. The logits are selected only where the weight is NaN, and there the
+    gradient is NaN anyway.
     """
     return torch.where(weight.isnan(), (logits + weight).to(gradient.dtype), gradient)
 
@@ -220,7 +221,11 @@ def _is_differentiated(*grad_outputs: Tensor) -> bool:
 
 
 def _as_views(problem: Problem) -> Problem:
-    """Return a problem with views: if one of the logits depends on the other, each gradient must still be partial."""
+    """Return a problem with views of the student's logits.
+
+    A view ends the path of a derivative: if the adversarial logits were computed from the clean ones, the gradient of
+    the clean logits must still be the partial derivative.
+    """
     clean, adv = problem.clean.view_as(problem.clean), problem.adv.view_as(problem.adv)
     return Problem(clean, adv, problem.teacher, problem.tau)
 

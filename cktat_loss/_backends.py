@@ -1,4 +1,4 @@
-"""The interface of a backend, and the private names of torch that the package uses.
+"""The interface of a backend, and the private functions of torch that the package calls.
 
 A backend computes Eq. 17 and its gradients. There are three: ``kernels`` (Triton, on a GPU), ``_cpu`` (blocks that stay
 in cache, on an eager CPU) and ``_plain`` (differentiable tensor operations, for everything else). ``_autograd.choose``
@@ -60,7 +60,7 @@ class Backend(Protocol):
     """The functions of a backend. Each backend is a module that has them."""
 
     def loss_forward(self, problem: Problem, weighting: Weighting, needs: Needs, return_terms: bool) -> Forward:
-        """Compute the loss. It may precompute the gradients that are needed, for a ``grad_output`` of one."""
+        """Compute the loss. The backend may also precompute gradients, in a form that it completes itself."""
 
     def loss_backward(
         self, problem: Problem, weighting: Weighting, grad_output: Tensor, precomputed: Any, needs: Needs
@@ -76,10 +76,10 @@ class Backend(Protocol):
     def terms_backward(
         self, problem: Problem, grad_guidance: Tensor, grad_consistency: Tensor, needs: Needs
     ) -> Gradients:
-        """Return the gradients for those of the two terms, each () or (N,)."""
+        """Return the logits' gradients, given the gradients of the two terms, each () or (N,)."""
 
 
-# Private names of torch. Each comment says since when torch has had the name.
+# Private functions and classes of torch. Each comment says since when torch has had the name.
 
 
 def in_functorch() -> bool:
@@ -126,6 +126,7 @@ def _is_exporting() -> bool:
 
 if hasattr(torch.compiler, "is_exporting"):
     is_exporting = torch.compiler.is_exporting
-else:  # floor: torch 2.6. Dynamo calls a function with this mark and takes its result as a constant.
+else:  # floor: torch 2.6, the oldest supported version, has no is_exporting. Dynamo calls a function that has the mark
+    # below at once, and takes its result as a constant.
     is_exporting = _is_exporting
     is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

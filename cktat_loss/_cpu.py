@@ -25,7 +25,8 @@ from cktat_loss._backends import CKTATTerms, Forward, Gradients, Needs, Problem,
 # Logit positions (rows times columns) per block and thread: enough to amortise some thirty calls of PyTorch per block,
 # and few enough for a core's share of the cache. A block allocates up to 8 float32 per position, 1.6 MB.
 BLOCK_ELEMENTS_PER_THREAD = 51200
-# A float32 sum of p d has an absolute error of some 1e-7. A smaller KL is summed again, in a form that cancels nothing.
+# A float32 sum of p d has an absolute error of some 1e-7. A KL below this limit is summed again, in a form that cancels
+# nothing.
 DIRECT_SUM_DOWN_TO = 0.02
 LOG2_E = 1 / math.log(2)
 
@@ -91,7 +92,7 @@ def _all_rows(
     """
     clean, adv, teacher, tau = problem
     n, classes = adv.shape
-    # One share per thread, capped at a fifth of the input, so that a large input is split into at least five blocks.
+    # One share per thread, capped at a fifth of the input, so that temporaries are a small part of a large input.
     elements = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
     step = max(1, max(elements, BLOCK_ELEMENTS_PER_THREAD) // classes)
     if n <= step:

@@ -52,7 +52,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     d = torch.where(p > 0, log_p - log_q, 1.0)
     kl = kl_elements(p, d, log_q.exp()).sum(-1)
-    return kl - kl.detach().clamp(max=0)  # clamps the value, keeps NaN, and keeps the derivatives at zero
+    # Clamp the value only: NaN stays NaN, and the derivative is not cut off at KL = 0.
+    return kl - kl.detach().clamp(max=0)
 
 
 def gradients(problem: Problem, w_guidance: Tensor, w_consistency: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,8 +67,8 @@ def find_weights(argument: str, source: object) -> dict[str, Tensor]:
 def pair(student: Collection[str], teacher: Mapping[str, T]) -> tuple[dict[str, T], tuple[str, ...]]:
     """Return the teacher's value for each name of the student, and the teacher's names that the student doesn't have.
 
-    Names alone cannot tell the ``module`` of a wrapper from a child module of that name. So the names are read both
-    ways, student and teacher alike, and the reading in which more names agree is used.
+    Names alone cannot tell the ``module`` of a wrapper from a child module of that name. So the names of both are read
+    twice, once with ``module`` as a prefix and once as a child. The reading in which more names agree is used.
 
     Args:
         student: the student's names.

@@ -40,8 +40,8 @@ def freeze(teacher: nn.Module, *, copied: bool) -> nn.Module:
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile's wrapper.
 
-    A wrapper is kept if taking it off could lose something: a subclass, or one with hooks. Types are compared and no
-    attribute is asked for, since a module's own ``__getattr__`` may answer for the module inside it.
+    A wrapper is kept if taking it off could lose something: if it is a subclass, has hooks, or has a ``forward`` of its
+    own. Wrappers are recognised by their exact type, because a module's ``__getattr__`` may pass attributes on.
     """
     if hooks(module):
         return module
@@ -54,7 +54,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def run(teacher: nn.Module, x: Any) -> Any:
     """Return ``teacher(x)`` in eval mode under no_grad, with ``x`` as it is. Modes are restored afterwards."""
-    training = [module for module in teacher.modules() if module.training]  # never any in a copy
+    training = [module for module in teacher.modules() if module.training]  # none in a copy, unless the user set it
     for module in training:
         module.training = False
     try:
@@ -72,8 +72,8 @@ def run(teacher: nn.Module, x: Any) -> Any:
 def move(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """Apply ``fn`` of ``nn.Module._apply`` to the teacher's tensors and keep their values.
 
-    ``.to()`` keeps values by itself. ``.to_empty()`` does not: it returns uninitialised memory, which the caller
-    fills by ``load_state_dict``, where the teacher's weights are not.
+    ``.to()`` keeps values by itself. ``.to_empty()`` returns uninitialised memory, and the caller's ``load_state_dict``
+    would not refill the teacher, because no state_dict holds it.
     """
 
     def keep_values(tensor: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ def _check_runnable(teacher: nn.Module) -> None:
 
 
 def _check_references(original: nn.Module) -> None:
-    """Refuse functions that hold a module in their closure or defaults: deepcopy would go on calling that module."""
+    """Refuse functions that hold a module in their closure or defaults: their copy would call the original module."""
     for name, module in original.named_modules():
-        if is_compiled(module):  # makes its function anew
+        if is_compiled(module):  # A compiled wrapper rebuilds its function when it is copied.
             continue
         for function in chain(vars(module).values(), hooks(module)):
             if not isinstance(function, FunctionType):
@@ -176,7 +176,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _count_hooks(module: nn.Module) -> int:
-    """Count the hooks of a module without those of torch.export, which its modules' copies replace by guards."""
+    """Count the hooks of a module without those of torch.export. A copy of an exported module has guards instead."""
     return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
 
 

@@ -22,7 +22,8 @@ class WarmStartReport:
         copied: the names in the student that now have the teacher's values.
         missing: the names in the student that the teacher doesn't have.
         unexpected: the names in the teacher that the student doesn't have.
-        mismatched: the names in both that weren't copied, because the shapes differ or a cast would lose the meaning.
+        mismatched: the names in both that weren't copied, because the shapes differ, because a cast would lose the
+            meaning, or because the student ties what is different in the teacher.
     """
 
     copied: tuple[str, ...]
@@ -76,9 +77,9 @@ def warm_start(
 
     Raises:
         TypeError: an argument has the wrong type, a model is sharded, or an entry of a state_dict is no tensor.
-        ValueError: the weights don't fit (with ``strict``), or none of them does. Student and teacher share memory. A
-            tensor is lazy, on the meta device or can't be written. A file is damaged or of another kind. A checkpoint
-            has no weights, or several sets of them.
+        ValueError: the weights don't fit (with ``strict``), or none of them does; or student and teacher share memory;
+            or a tensor is lazy, on the meta device or can't be written; or a file is damaged or of another kind; or a
+            checkpoint has no weights, or several sets of them.
         FileNotFoundError: there is no file at that path.
         ImportError: the file is a ``.safetensors``, and the safetensors package is not installed.
 

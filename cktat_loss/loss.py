@@ -131,7 +131,8 @@ class CKTATLoss(nn.Module):
             x: the clean inputs. The teacher is run on them.
             teacher_logits: the teacher's logits on the clean inputs, (N, C), not divided by tau. They are detached.
             y: labels, (N,), integer. Required with ``adaptive=True``, an error without.
-            beta: replaces the criterion's beta in this call: a number, or a tensor, () or (N,), unless adaptive.
+            beta: replaces the criterion's beta in this call. A number, or without ``adaptive`` also a tensor, () or
+                (N,).
             return_terms: return the pair ``(loss, CKTATTerms(guidance, consistency))``. The terms are (N,), detached.
         """
         if self.adaptive and y is None:

@@ -1,6 +1,7 @@
 """The Triton backend, imported as ``cktat_loss.kernels``. Its interface is ``cktat_loss._backends.Backend``.
 
-Triton is imported at the first launch, not with the package: it is slow to import and not installed on every machine.
+Triton is imported when a kernel is first needed, not with the package. It is slow to import and not installed
+everywhere.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def is_available() -> bool:
 def supports(tensor: Tensor) -> bool:
     """True if Triton can take this tensor: float16, bfloat16 or float32 on a CUDA or ROCm GPU.
 
-    CPU tensors are supported only in Triton's interpreter. No other function decides by the kind of device.
+    CPU tensors are supported only in Triton's interpreter. The launches below this function do not check the device.
     """
     answer = _supports.__wrapped__ if torch.compiler.is_compiling() else _supports  # Dynamo warns of lru_cache
     return answer(type(tensor), tensor.dtype, tensor.device)

@@ -1,6 +1,6 @@
 """Launches of the Triton kernels: which kernel, which tile, and plans that are made once and launched often.
 
-Logits are (N, C) in half or single precision, with any strides. No value is read from the device, so no call
+Logits are (N, C) in half or single precision, with any row stride. No value is read from the device, so no call
 synchronises, and every call can be captured in a CUDA graph. ``kernels.supports`` has verified the device.
 """
 
@@ -20,10 +20,10 @@ from .rows import rows_kernel
 from .streaming import streaming_kernel
 
 # A logit position is one row and column of the three logits. A thread keeps about 6 float32 per position alive (three
-# logits, three exponentials). With 16 positions the rows kernel uses up to 132 registers and the streaming kernel up to
-# 165, so that 12 warps or more fit on an SM. 32 positions use 248 registers. 8 positions use 64, but then shuffles and
-# barriers of the reductions are a third of all instructions (sm_90, C = 1000: 100 per position instead of 81). On AMD a
-# warp has 64 lanes, so that each thread has half the positions.
+# logits, three exponentials). With 16 positions the rows kernel uses up to 128 registers and the streaming kernel up to
+# 153 (sm_90, Triton 3.8), so that 12 warps or more fit on an SM. 32 positions use 248 registers. 8 positions use 64,
+# but then shuffles and barriers of the reductions are a third of all instructions (C = 1000: 100 per position instead
+# of 82). On AMD a warp has 64 lanes, so that each thread has half the positions.
 POSITIONS_PER_THREAD = 16
 # The rows kernel holds a whole row in registers. A row of 8,192 would be one CTA with all registers of an SM, and
 # nothing would hide its loads. Two CTAs of 4,096 fit. Above the limit, streaming moves 8 elements instead of 5.
@@ -36,10 +36,13 @@ FEW_ROWS_BLOCK, FEW_ROWS_WARPS = 4096, 8
 # From Triton 3.3 on, a compiled kernel can be launched directly, with its constants after the other arguments. On ROCm
 # Triton also specialises by the size of a tensor's memory, which is not part of a plan's key.
 DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) and not torch.version.hip
-# Since Triton 3.4. Older versions have no hooks unless somebody sets them.
+# Triton has had this since 3.4. Without it, Plan.launch assumes that launch hooks are set.
 RUNTIME = getattr(getattr(triton, "knobs", None), "runtime", None)
-# No program has more rows than this, so that larger batches share a plan.
+# A tile has at most 256 rows, so that beyond them the number of rows makes no other plan.
 MAX_ROWS_IN_KEY = 257
+
+# The weighting of a launch that computes terms and no loss.
+UNWEIGHTED = Weighting(1.0, None, "none")
 
 # The stride and dtype of a tensor argument, which Triton compiles for. None for a number or a missing argument.
 Layout = tuple[int, torch.dtype] | None
@@ -55,9 +58,9 @@ class Tile(NamedTuple):
 
 
 def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
-    """Return the tile of the rows kernel: about 16 positions per thread, with as few threads per row as that takes.
+    """Return the tile of the rows kernel: at most 16 positions per thread, with as few threads per row as that takes.
 
-    A warp's load should still cover whole sectors of 32 bytes, so the width is at least 4 and an eighth of the row. A
+    There are at most 8 strips, and a strip is at least 4 columns wide, so that the loads of a warp lie together. A
     small batch is one program, so that there are no partial sums to add up.
     """
     columns = 1 << (classes - 1).bit_length()
@@ -86,7 +89,8 @@ class Plan:
         """Launch the kernel, bypassing Triton's launcher once it is compiled.
 
         The launcher redoes its specialisation at every call, which takes half of the launch's time on the host. A Plan
-        already fixes everything that the launcher looks at, except pointer alignment.
+        already fixes everything that the launcher looks at but two things, for which ``aligned`` stands: every pointer
+        is a multiple of 16, and n fits into 32 bits.
         """
         compiled = self.compiled
         if compiled is None or not aligned:
@@ -132,7 +136,7 @@ def find_plan(
         strides: their row strides.
         layouts: those of beta, y and the weights of guidance and consistency in the gradients.
         reduction: "mean", "sum" or "none".
-        outputs: True for each kind of output that the call stores.
+        outputs: True for each of loss, terms, d_clean and d_adv that the call stores.
         precomputed: True if the kernel returns at once for a grad_output of one.
     """
     beta, _, w_guidance, w_consistency = layouts
@@ -312,15 +316,12 @@ def terms_forward(problem: Problem) -> CKTATTerms:
 
 
 def terms_backward(problem: Problem, grad_guidance: Tensor, grad_consistency: Tensor, needs: Needs) -> Gradients:
-    """Return the gradients for those of the two terms. One launch."""
+    """Return the logits' gradients, given the gradients of the two terms. One launch."""
     d_clean, d_adv = _empty_gradients(problem, needs)
     arguments = Arguments(problem, UNWEIGHTED, grad_guidance, grad_consistency)
     plan = find_plan(*arguments.key, (False, False, *needs), False)
     arguments.launch(plan, None, None, None, d_clean, d_adv)
     return d_clean, d_adv
-
-
-UNWEIGHTED = Weighting(1.0, None, "none")
 
 
 def interprets() -> bool:

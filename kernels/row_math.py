@@ -1,7 +1,7 @@
 """The arithmetic of one row, shared by both kernels.
 
-c, a and t are the clean, adversarial and teacher logits of a row, shifted: each minus its row's maximum. With their
-probabilities p = exp(shifted) / sum, t divided by tau before:
+c, a and t are the clean, adversarial and teacher logits of a row, shifted: each minus its row's maximum. Probabilities
+are p = exp(shifted) / sum, and for the teacher exp(shifted / tau) / sum. Then:
 
     guidance    = KL(p_t || p_a) = sum p_t (d_t + expm1(-d_t))        d_t = log p_t - log p_a
     consistency = KL(p_c || p_a) = sum p_c (d_c + expm1(-d_c))        d_c = log p_c - log p_a
@@ -78,14 +78,14 @@ def softmax(shifted, rate_log2e):
 def log_ratio(p, shifted_difference, log_sum_p, log_sum_q):
     """Return d = log p - log q, where log p = shifted - log_sum_p and likewise for q.
 
-    If p = 0, d may be inf - inf. Any finite d gives the right summand q there, outside the range of the series.
+    If p = 0, d may be inf - inf. Any finite d outside the series' range, such as 1, gives the right summand q.
     """
     return tl.where(p > 0, shifted_difference + spread(log_sum_q - log_sum_p), 1.0)
 
 
 @triton.jit
 def kl_sum(p, d, q):
-    """Return the row sums of p (d + expm1(-d)) for d = log p - log q. No summand is negative, so that none cancel."""
+    """Return the row sums of p (d + expm1(-d)) for d = log p - log q. Summands are >= 0, so that none cancel."""
     # Minimax cubic for (d + expm1(-d)) / d^2 on |d| < 0.25, relative error 1.4e-6. It costs fewer instructions than the
     # polynomial of degree 4 in _plain.py, which holds to 0.5. From 0.25 on the direct form keeps 5 digits.
     series = tl.fma(tl.fma(tl.fma(d, -0.00833746, 0.04175350), d, -0.16666696), d, 0.49999932)

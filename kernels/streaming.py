@@ -5,11 +5,13 @@ of chunk k under p and q:
 
     KL(p || q) = KL(P || Q) + sum_k P_k KL(p given k || q given k)
 
-Each part is accurate by itself, so that one reading of the row also gives a small KL. A chunk is treated as a row. The
-chunks then form one more row, whose logits are the chunks' log-sum-exps. The gradients take a second reading.
+Each part is accurate by itself, so that one reading of the row gives even a small KL accurately. A chunk is treated as
+a row. The chunks then form one more row, whose logits are the chunks' log-sum-exps. The gradients take a second
+reading.
 
-A row of odd length starts at any address. Its interior is the part between multiples of 8 elements, which allows
-128-bit access in any dtype. Its edges, at most 7 elements on either side, are one small chunk of their own.
+If 8 does not divide C, the rows of a contiguous tensor start at any address. A row's interior is the part between
+multiples of 8 elements, which allows 128-bit access in any dtype. Its edges, at most 7 elements on either side, are one
+small chunk of their own.
 """
 
 import triton

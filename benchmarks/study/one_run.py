@@ -3,7 +3,6 @@
 `do` is the whole run. Above it are the images, the loss of every method, the training loop and the attacks.
 """
 
-import inspect
 import json
 import math
 import os
@@ -35,7 +34,6 @@ PERCENTILES = (5, 25, 50, 75, 95)
 TESTS = ("test_natural", "test_pgd20", "test_apgd", "test_autoattack", "test_autoattack_images")
 Images = tuple[Tensor, Tensor]  # pixels (N, 1, H, W) in [0, 1], classes (N,)
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, C) and classes (N,) to one value per image
-_LOSS = "loss" if "loss" in inspect.signature(pgd).parameters else "objective"
 
 
 def images(dataset: str) -> tuple[Images, Images, Images]:
@@ -180,7 +178,7 @@ def attacked(
         loss: maximised by the attack: "ce", TRADES' "kl", or a function.
         start: images to start from. None: random points of the ball.
     """
-    return pgd(net, x, y, eps=eps, step=eps / 4, steps=steps, start=start, **{_LOSS: loss})
+    return pgd(net, x, y, eps=eps, step=eps / 4, steps=steps, loss=loss, start=start)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

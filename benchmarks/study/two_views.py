@@ -240,7 +240,9 @@ def blocks(found: pd.DataFrame) -> dict[str, str]:
         pairs = gaps(found, *which)
         _, low, high = interval(pairs, count)
         verdict = "yes" if low > 0 else "no" if high < 0 else "not shown"
-        lines.append([says, difference(pairs, count), verdict if len(pairs) == len(SEEDS) else f"{len(pairs)} seeds"])
+        lines.append(
+            [says, difference(pairs, count), verdict if len(pairs) == len(SEEDS) else f"{len(pairs)} of 5 seeds"]
+        )
     hypotheses = markdown.table(["on single views", "difference", "holds"], lines) + level(count)
     count = len(DIFFERENCES) * len(MEASURES)
     lines = [[name, *(difference(gaps(found, *both, measure), count) for measure in MEASURES)]

@@ -217,7 +217,7 @@ def test_the_verdicts_of_two_views_need_all_seeds() -> None:
     holds = [line[-1] for line in lines(two_views.blocks(found)["two-views"])]
     assert holds == ["yes", "yes", "not shown", "yes", "yes", "yes", "yes", "not shown"]
     few = [line[-1] for line in lines(two_views.blocks(two_views.read(to(rows[:-1])))["two-views"])]
-    assert {*few} == {"4 seeds"}
+    assert {*few} == {"4 of 5 seeds"}
 
 
 # The committed files.
