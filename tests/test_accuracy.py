@@ -13,10 +13,11 @@ from torch import Tensor
 from cktat_loss import _cpu
 from cktat_loss.functional import cktat_loss
 from tests import oracle
-from tests.variants import DTYPES, EACH_VARIANT, FLOAT64, Variant, compiled, labels
+from tests.variants import DTYPES, EACH_VARIANT, FLOAT64, NOT_ON_KERNELS, Variant, compiled, labels
 
 pytestmark = pytest.mark.kernels
 
+SINGLE = torch.float32
 SCALES = (0.05, 0.3, 1, 4, 20, 60)
 SLOW = pytest.param((40, 1000), marks=pytest.mark.not_on("interpreter"))
 TAU_BETA = ((0.7, 5.3), (5.3, 0.7))  # neither dyadic: 5 and 6 hide a scalar that lost precision
@@ -30,9 +31,7 @@ SHAPES = {
 }
 SHAPES_AND_NAMES = [
     # The kernels have no blocks; what they have is in test_tiles.py.
-    pytest.param(
-        s, id=f"{name} {s[0]}x{s[1]}", marks=[pytest.mark.not_on("interpreter", "gpu")] if "block" in name else []
-    )
+    pytest.param(s, id=f"{name} {s[0]}x{s[1]}", marks=[NOT_ON_KERNELS] if "block" in name else [])
     for name, group in SHAPES.items()
     for s in group
 ]
@@ -68,8 +67,8 @@ def test_loss_and_gradients(shape: tuple[int, int], dtype: torch.dtype, variant:
         oracle.assert_right(*variant(*args), variant.truth(*args), oracle.TOLERANCES[dtype], note=note)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(7, 10), (2, 50257)], ids=str)
+@NOT_ON_KERNELS
+@pytest.mark.parametrize(("shape", "dtype"), [*(((7, 10), dtype) for dtype in oracle.TOLERANCES), ((2, 50257), SINGLE)])
 def test_compiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
     args = *case(shape, 4, dtype, 0.7, 5.3), labels(torch.empty(shape))
     oracle.assert_right(*compiled(*args[:5]), compiled.truth(*args[:5]), oracle.TOLERANCES[dtype])
@@ -85,7 +84,7 @@ def test_offset_of_1000(shape: tuple[int, int], dtype: torch.dtype, variant: Var
     oracle.assert_right(*variant(*args), variant.truth(*args), oracle.TOLERANCES[dtype])
 
 
-@pytest.mark.not_on("interpreter", "gpu")
+@NOT_ON_KERNELS
 @pytest.mark.parametrize("step", [0, 1, 7, 100])
 @EACH_VARIANT
 def test_blocks_have_no_seams(variant: Variant, step: int, monkeypatch: pytest.MonkeyPatch) -> None:

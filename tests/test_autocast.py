@@ -8,7 +8,7 @@ from torch import nn
 
 from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.variants import EACH_VARIANT, Variant
+from tests.variants import EACH_VARIANT, NOT_ON_KERNELS, Variant
 
 pytestmark = pytest.mark.kernels
 
@@ -63,7 +63,7 @@ def test_training_step(half: torch.dtype) -> None:
 
 @pytest.mark.not_on("gpu")
 @EACH_VARIANT
-@pytest.mark.parametrize("double", [False, pytest.param(True, marks=pytest.mark.not_on("interpreter", "gpu"))])
+@pytest.mark.parametrize("double", [False, pytest.param(True, marks=NOT_ON_KERNELS)])
 @pytest.mark.parametrize("shape", [(5, 10), (8, 1000)], ids=str)
 def test_mixed_dtypes(shape: tuple[int, int], double: bool, variant: Variant) -> None:
     for dtypes in itertools.product(oracle.TOLERANCES, repeat=3):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cktat_loss import functional
 from tests import oracle
-from tests.variants import EACH_VARIANT, FLOAT64, Variant, compiled
+from tests.variants import EACH_VARIANT, FLOAT64, NOT_ON_KERNELS, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
@@ -53,6 +53,7 @@ def test_results_of_saturated_rows_are_in_the_dtype_of_all_others(
     assert {term.dtype for term in terms} == {wanted}
 
 
+@NOT_ON_KERNELS
 def test_saturated_rows_compiled() -> None:
     logits = saturated(17, 200.0)
     oracle.assert_right(*compiled(*logits, 0.7, 5.3), oracle.truth(*logits, 0.7, 5.3), 2e-5)

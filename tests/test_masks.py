@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.variants import EACH_VARIANT, FLOAT64, Variant, compiled
+from tests.variants import EACH_VARIANT, FLOAT64, NOT_ON_KERNELS, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
@@ -46,6 +46,7 @@ def test_masks_that_leave_an_answer(masked: str, width: int, dtype: torch.dtype,
     assert (d_clean[c == -INF] == 0).all()
 
 
+@NOT_ON_KERNELS
 def test_masks_compiled() -> None:
     c, a, t = logits(17, torch.float32)
     everywhere = a_third(17)

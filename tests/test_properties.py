@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.variants import EACH_UNLABELLED_VARIANT, Variant, compiled
+from tests.variants import EACH_UNLABELLED_VARIANT, NOT_ON_KERNELS, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
@@ -93,8 +93,8 @@ def test_the_truth_in_every_form(variant: Variant, case: Case) -> None:
     oracle.assert_right(rows, d_clean, d_adv, oracle.truth(*case), case.tolerance)
 
 
-@pytest.mark.not_on("interpreter", "gpu")
-@settings(max_examples=10)  # some tenths of a second each
+@NOT_ON_KERNELS
+@settings(max_examples=6)  # a compilation each
 @given(cases())
 def test_the_truth_compiled(case: Case) -> None:
     n = min(len(case.adv), 9)
@@ -152,7 +152,7 @@ def test_any_upstream_gradient_of_each_row(case: Case, seed: int) -> None:
     assert oracle.loss_error(loss, true.rows) <= case.tolerance
 
 
-@pytest.mark.not_on("interpreter", "gpu")
+@NOT_ON_KERNELS
 @given(cases(dtypes=(torch.float64,)), st.floats(-50, 50), st.floats(-50, 50), st.floats(-50, 50))
 def test_a_shift_of_a_row_changes_nothing(case: Case, by_clean: float, by_adv: float, by_teacher: float) -> None:
     clean, adv, teacher = case.logits
@@ -173,7 +173,7 @@ def test_the_order_of_classes_and_samples_does_not_matter(case: Case, random: An
     oracle.assert_right(loss[rows.argsort()], d_clean, d_adv, oracle.truth(*case), case.tolerance)
 
 
-@pytest.mark.not_on("interpreter", "gpu")
+@NOT_ON_KERNELS
 @given(cases(dtypes=(torch.float64,)), st.floats(0, 10), st.floats(0, 10))
 def test_linear_in_beta(case: Case, one: float, other: float) -> None:
     """Also as the scale of the labels' weights."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from cktat_loss import CKTATLoss, adaptive_beta
 from cktat_loss.functional import cktat_loss, cktat_terms
 from tests import oracle
-from tests.variants import DTYPES, EACH_UNLABELLED_VARIANT, Variant, compiled
+from tests.variants import DTYPES, EACH_UNLABELLED_VARIANT, NOT_ON_KERNELS, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
@@ -89,7 +89,7 @@ def test_no_gradient_flows_through_the_weights() -> None:
 WRONG = (-100, -1, 10, 2**31 + 3, 2**62)
 
 
-@pytest.mark.not_on("interpreter", "gpu")
+@NOT_ON_KERNELS
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_a_label_that_is_no_class_is_refused_on_the_cpu(backend: Any, wrong: int) -> None:
@@ -129,7 +129,7 @@ def test_elsewhere_it_gives_nan_for_its_row_alone(variant: Variant, wrong: int) 
     oracle.assert_right(rows[good], d_clean[good], d_adv[good], oracle.truth(*args), 2e-5)
 
 
-@pytest.mark.not_on("interpreter", "gpu")
+@NOT_ON_KERNELS
 def test_elsewhere_it_gives_nan_compiled() -> None:
     y, logits = torch.tensor([0, *WRONG]), torch.randn(3, 6, 10)
     rows = compiled(*logits, 0.7, 5.3, y)[0]
@@ -182,7 +182,7 @@ def test_they_are_the_weights_of_the_loss(name: str) -> None:
 ADV, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
 
 
-@pytest.mark.not_on("interpreter", "gpu")
+@NOT_ON_KERNELS
 @pytest.mark.parametrize(
     ("adv", "y", "beta", "kind", "says"),
     [

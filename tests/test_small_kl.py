@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.variants import DTYPES, EACH_VARIANT, Variant, compiled
+from tests.variants import DTYPES, EACH_VARIANT, NOT_ON_KERNELS, Variant, compiled
 
 pytestmark = pytest.mark.kernels
 
@@ -32,6 +32,7 @@ def test_small(shape: tuple[int, int], tau: float, variant: Variant) -> None:
         assert np.max(np.abs(oracle.array(variant(*args)[0]) / variant.truth(*args).rows - 1)) < 2e-3
 
 
+@NOT_ON_KERNELS
 def test_small_compiled() -> None:
     logits = nearly_equal((40, 1000), gap=2e-3)
     rows, _, _ = compiled(*logits, 1.0, 1.0)
@@ -66,7 +67,7 @@ def test_never_negative(shape: tuple[int, int], variant: Variant) -> None:
             assert (variant(clean, adv, teacher, 1.0, 1.0)[0] >= 0).all()
 
 
-@pytest.mark.not_on("interpreter", "gpu")
+@NOT_ON_KERNELS
 @EACH_VARIANT
 def test_never_negative_in_float64(variant: Variant) -> None:
     """Where plain sums round to either side of zero."""
@@ -90,6 +91,7 @@ def test_equal_predictions_are_exactly_zero(
             assert (result == 0).all(), f"scale {scale}: {result.abs().max()}"
 
 
+@NOT_ON_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equal_predictions_are_exactly_zero_compiled(dtype: torch.dtype) -> None:
     logits = (5 * torch.randn(40, 17)).to(dtype)
