@@ -59,13 +59,17 @@ METHODS = {
 # that on single views. It is judged at the values of mu with single-view training images.
 HYPOTHESES = {
     "PGD-AT loses more from multi-view to single views than clean training": ("pgd-at", "clean", "loss_of_view"),
-    "it loses less with three times the epochs": ("pgd-at", "pgd-at-60", "loss_of_view"),
+    "PGD-AT loses less with three times the epochs": ("pgd-at", "pgd-at-60", "loss_of_view"),
     "`adaptive` is better with the teacher than with labels": ("adaptive", "adaptive-one-hot", "single_natural"),
     "PGD-AT is better with the teacher at tau 2 than with labels": ("teacher-tau2", "pgd-at", "single_natural"),
     "PGD-AT is better with the teacher at tau 5 than with labels": ("teacher-tau5", "pgd-at", "single_natural"),
-    "and than with its prediction of another image": ("teacher-tau5", "other-tau5", "single_natural"),
-    "but less robust than with labels": ("pgd-at", "teacher-tau5", "single_robust"),
-    "and repeats more of the teacher's errors than with labels": ("teacher-tau5", "pgd-at", "teachers_error"),
+    "at tau 5 it is better than with the teacher's prediction of another image": (
+        "teacher-tau5",
+        "other-tau5",
+        "single_natural",
+    ),
+    "at tau 5 it is less robust than with labels": ("pgd-at", "teacher-tau5", "single_robust"),
+    "at tau 5 it repeats more of the teacher's errors than with labels": ("teacher-tau5", "pgd-at", "teachers_error"),
 }
 DIFFERENCES = {
     "adaptive: teacher − labels": ("adaptive", "adaptive-one-hot"),
