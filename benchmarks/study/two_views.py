@@ -58,18 +58,18 @@ METHODS = {
 # The first method has more of a measure than the second. "loss_of_view" is natural accuracy on multi-view images less
 # that on single views. It is judged at the values of mu with single-view training images.
 HYPOTHESES = {
-    "PGD-AT loses more natural accuracy than clean training": ("pgd-at", "clean", "loss_of_view"),
-    "three times the epochs make PGD-AT lose less": ("pgd-at", "pgd-at-60", "loss_of_view"),
-    "adaptive: the teacher gives more natural accuracy than labels": (
-        "adaptive",
-        "adaptive-one-hot",
+    "PGD-AT loses more from multi-view to single views than clean training": ("pgd-at", "clean", "loss_of_view"),
+    "PGD-AT loses less with three times the epochs": ("pgd-at", "pgd-at-60", "loss_of_view"),
+    "`adaptive` is better with the teacher than with labels": ("adaptive", "adaptive-one-hot", "single_natural"),
+    "PGD-AT is better with the teacher at tau 2 than with labels": ("teacher-tau2", "pgd-at", "single_natural"),
+    "PGD-AT is better with the teacher at tau 5 than with labels": ("teacher-tau5", "pgd-at", "single_natural"),
+    "at tau 5 it is better than with the teacher's prediction of another image": (
+        "teacher-tau5",
+        "other-tau5",
         "single_natural",
     ),
-    "PGD-AT: the same at tau 2": ("teacher-tau2", "pgd-at", "single_natural"),
-    "PGD-AT: the same at tau 5": ("teacher-tau5", "pgd-at", "single_natural"),
-    "at tau 5, more than its prediction of another image": ("teacher-tau5", "other-tau5", "single_natural"),
-    "at tau 5, less robust accuracy than labels": ("pgd-at", "teacher-tau5", "single_robust"),
-    "at tau 5, more of the teacher's errors than labels": ("teacher-tau5", "pgd-at", "teachers_error"),
+    "at tau 5 it is less robust than with labels": ("pgd-at", "teacher-tau5", "single_robust"),
+    "at tau 5 it repeats more of the teacher's errors than with labels": ("teacher-tau5", "pgd-at", "teachers_error"),
 }
 DIFFERENCES = {
     "adaptive: teacher − labels": ("adaptive", "adaptive-one-hot"),
@@ -243,18 +243,19 @@ def blocks(found: pd.DataFrame) -> dict[str, str]:
         lines.append(
             [says, difference(pairs, count), verdict if len(pairs) == len(SEEDS) else f"{len(pairs)} of 5 seeds"]
         )
-    hypotheses = markdown.table(["on single views", "difference", "holds"], lines) + level(count)
+    hypotheses = markdown.table(["hypothesis", "difference", "holds"], lines) + level(count)
     count = len(DIFFERENCES) * len(MEASURES)
     lines = [[name, *(difference(gaps(found, *both, measure), count) for measure in MEASURES)]
              for name, both in DIFFERENCES.items()]  # fmt: skip
     differences = markdown.table(["difference", *MEASURES.values()], lines) + level(count)
     columns = ["multi_natural", "multi_robust", "left_natural", "left_robust", "right_natural", "right_robust"]
     columns += ["learned", "teachers_error"]
+    head = [*(name.replace("_", ", ") for name in columns[:-1]), MEASURES["teachers_error"]]
     lines = [
         [f"{mu:g}", method, *(percent(own[name].dropna()) for name in columns)]
         for (mu, method), own in found.groupby(["mu", "method"], sort=False)
     ]
-    levels = markdown.table(["mu", "method", *(name.replace("_", ", ") for name in columns)], lines)
+    levels = markdown.table(["mu", "method", *head], lines)
     return {"two-views": hypotheses, "two-views-differences": differences, "two-views-levels": levels}
 
 
