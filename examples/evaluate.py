@@ -1,10 +1,10 @@
-"""How robust is a network? Clean accuracy, PGD-20, CW-30 and AutoAttack, and signs of masked gradients.
+"""Measure the robustness of a network: clean accuracy, PGD-20, CW-30, AutoAttack, and signs of masked gradients.
 
     python examples/evaluate.py out/student                          a run of train.py, on its data set, at its eps
     python examples/evaluate.py out/student --samples 1000           on 1000 test images, drawn by --seed
-    python examples/evaluate.py package.module:load --dataset svhn   yours: load() returns it; it takes images in [0, 1]
+    python examples/evaluate.py package.module:load --dataset svhn   yours: load() returns a model of images in [0, 1]
 
-Report AutoAttack: PGD flatters losses of the distillation kind. For data of your own: evaluate(model, x, y, eps=8/255).
+Report AutoAttack, because PGD overstates distilled students. On your own data call evaluate(model, x, y, eps=8/255).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the best wrong logit minus the label's. The field reports PGD on it as CW within an eps."""
+    """Return the best wrong logit minus the label's. PGD that maximises this margin is usually reported as CW."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
@@ -40,12 +40,12 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", batch: int = 250, seed: int = 0
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the accuracy by the name of the attack, AutoAttack's last, and what is suspicious, in sentences.
+    """Return the accuracy per attack, with AutoAttack last, and warnings as sentences.
 
     Args:
-        model: images (N, ...) in [0, 1] to logits (N, C), on the device to work on. It is left frozen in eval mode.
+        model: images (N, ...) in [0, 1] to logits (N, C), on the device to work on. It stays frozen in eval mode.
         x, y: images and their classes (N,), on any device.
-        eps: radius of the ball in the norm, where 1 is black to white.
+        eps: radius of the ball in `norm` ("linf" or "l2"), where 1 is black to white.
     """
     model.eval().requires_grad_(False)
     device = next(model.parameters()).device
@@ -54,11 +54,11 @@ def evaluate(
 
     @torch.no_grad()
     def attack(name: str, perturb: Callable[[Tensor, Tensor], Tensor], which: Tensor) -> Tensor:
-        """Attack the images of a mask (N,), print a line of the table, and return the mask of those still right."""
+        """Attack the images of the mask `which` (N,). Return the mask of those that stay right. Print a table row."""
         torch.manual_seed(seed)
         right = torch.zeros_like(which)
         for part in tqdm(which.nonzero().squeeze(1).split(batch), name, leave=False, disable=None):
-            if len(part):  # split() makes one empty part of nothing
+            if len(part):  # split() of an empty tensor gives one empty part
                 labels = y[part].to(device)
                 right[part] = (model(perturb(x[part].to(device), labels)).argmax(1) == labels).to(right.device)
         accuracy[name] = share = right.double().mean().item()
@@ -84,12 +84,12 @@ def evaluate(
         warnings.append("This is AutoAttack without APGD-T, which needs four classes: not the standard version.")
     for name, part in parts.items():
         right = attack(name, part.perturb, right)
-    accuracy["AutoAttack"] = accuracy["Square"]
+    accuracy["AutoAttack"] = accuracy["Square"]  # the last attack of the chain
 
     if (gap := accuracy["PGD-20"] - accuracy["AutoAttack"]) > 0.10:
         warnings.append(f"PGD-20 is {100 * gap:.0f} points above AutoAttack: it overstates the robustness.")
     if (gap := accuracy["FAB-T"] - accuracy["Square"]) > 0.01:
-        warnings.append(f"Square, which sees no gradients, broke {gap:.1%} that the others left: they are masked.")
+        warnings.append(f"Square, which sees no gradients, broke {gap:.1%} that the others left: gradients are masked.")
     return accuracy, warnings
 
 
@@ -111,7 +111,7 @@ def inspect(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 
 
 def load(name: str) -> tuple[nn.Module, dict[str, Any], Path]:
-    """Return a run's network, the facts saved with it and its folder, or what `module:function` returns."""
+    """Return a network, what train.py saved about it, and its folder. `module:function` has no such facts."""
     if not re.fullmatch(r"[\w.]+:\w+", name):
         return *from_checkpoint(name), Path(name) if Path(name).is_dir() else Path(name).parent
     sys.path.insert(0, "")  # find modules in the current folder
@@ -128,10 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     option("model", metavar="MODEL", help="a run's folder, a checkpoint, or module:function")
     option("--dataset", choices=images.SETS, help="default: the checkpoint's")
     option("--data", default="data", help="folder of the data set's files")
-    option("--download", action="store_true", help="fetch missing files into it")
+    option("--download", action="store_true", help="fetch missing files into --data")
     option("--samples", type=int, help="number of test images, which are held in memory; default: all")
     option("--norm", choices=EPS, help="default: the training's, else linf")
-    option("--eps", type=fraction, help="where 1 is black to white; default: the training's, else 8/255 or 128/255")
+    option("--eps", type=fraction, help="where 1 is black to white; default: the training's, else 8/255, l2 128/255")
     option("--batch", type=int, default=250, help="images per forward pass; default: %(default)s")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     option("--seed", type=int, default=0, help="default: %(default)s")
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--batch and --samples must be at least 1")
     model, saved, folder = load(args.model)
     norm = args.norm or saved.get("norm", "linf")
-    trained = saved.get("eps") if norm == saved.get("norm") else None
+    trained = saved.get("eps") if norm == saved.get("norm") else None  # an eps holds in its norm only
     eps = (trained or EPS[norm]) if args.eps is None else args.eps
     if not (dataset := args.dataset or saved.get("dataset")):
         parser.error("--dataset is needed for a model of yours")

@@ -12,10 +12,10 @@ from torchvision.transforms import v2
 
 
 class UserError(ValueError):
-    """A mistake of whoever gave the command. The scripts print its sentence without a traceback."""
+    """An error in what the user gave. The scripts print its message without a traceback."""
 
     def __str__(self) -> str:
-        # A DataLoader's worker puts its traceback in front of the sentence.
+        # A DataLoader's worker puts its traceback in front of the message.
         return super().__str__().rpartition("UserError: ")[2].strip()
 
 
@@ -27,11 +27,11 @@ SETS = {  # channels; height and width; mean and standard deviation of the train
     "digits": (1, 8, (0.305,), (0.376,)),
     "mnist5k": (1, 28, (0.131,), (0.309,)),
 }
-HELD_OUT = {"digits": 200, "mnist5k": 500}  # training images for validation; 1000 of the other data sets
+SMALL = {"digits": 200, "mnist5k": 500}  # small sets and their held-out images; other sets hold out 1000
 
 
 class Data(NamedTuple):
-    """A data set in three parts. Only the training images are augmented, except for digits and mnist5k."""
+    """A data set in three parts. The training images are augmented, except those of digits and mnist5k."""
 
     train: Dataset
     validation: Dataset  # training images that are held out to choose the best epoch
@@ -49,11 +49,11 @@ def load(name: str, root: str = "data", *, download: bool = False) -> Data:
         download: fetch missing files into root.
     """
     try:
-        train, plain, test, classes = small(name) if name in HELD_OUT else from_torchvision(name, root, download)
+        train, plain, test, classes = small(name) if name in SMALL else from_torchvision(name, root, download)
     except (OSError, RuntimeError, ImportError) as error:
         how = "try --download again" if download else "name its folder by --data, or add --download"
         raise UserError(f"{name} cannot be read from {root}: {how} ({error})") from error
-    held_out = max(1, min(HELD_OUT.get(name, 1000), len(train) // 5))
+    held_out = max(1, min(SMALL.get(name, 1000), len(train) // 5))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     return Data(Subset(train, order[held_out:]), Subset(plain, order[:held_out]), test, classes)
 
@@ -94,7 +94,7 @@ def open_image(path: str) -> object:
 
 
 def small(name: str) -> tuple[Dataset, Dataset, Dataset, int]:
-    """Return the same for digits. They are not augmented: a shift by one of 8 pixels makes training collapse."""
+    """Return the same for a small set, without augmentation: a shift by one of 8 pixels makes training collapse."""
     split = need("sklearn.model_selection", "scikit-learn").train_test_split
     if name == "digits":
         (pixels, labels), white, tests = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True), 16, 500

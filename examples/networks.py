@@ -49,22 +49,21 @@ def from_checkpoint(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a run's folder or checkpoint, in eval mode, and the facts that train.py saved with it.
 
-    With `arch`, `dataset` and `classes` as for `build`, the path may be any file that warm_start() reads into that
-    network: timm's and torchvision's own, a state_dict, .safetensors.
+    If arch, dataset and classes are given as for build(), path may be any file of weights that warm_start() reads.
     """
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = path if path.suffix == ".safetensors" else read(path)
     saved = {"arch": arch, "dataset": dataset, "classes": classes}
     ours = isinstance(content, dict) and {"model", "norm", "eps", *saved} <= content.keys()
     if ours:
-        # last.pt has the averaged weights beside those of the last step, best.pt only those that were validated.
+        # last.pt holds the weights of the last step and, as ema, averaged ones. best.pt holds the validated weights.
         saved, content = content, content.get("ema") or content["model"]
     elif not arch:
         hint = "name its network by train.py's --arch, or give evaluate.py a module:function"
         raise UserError(f"{path} is not a checkpoint of this train.py: {hint}")
     model = build(saved["arch"], saved["dataset"], saved["classes"])
     try:
-        warm_start(model if ours else model[1], content)  # nobody else's file has our Normalize in its names
+        warm_start(model if ours else model[1], content)  # other files know nothing of our Normalize
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"{path} does not fit the network {saved['arch']}: {error}") from error
     for name, weight in model.state_dict().items():
@@ -87,7 +86,7 @@ def read(path: Path) -> Any:
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, BatchNorm and ReLU before each, around a shortcut (He et al. 2016)."""
+    """Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut around them (He et al. 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ def pgd(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and freeze its weights, whose gradients cost time. Undo both afterwards."""
+    """Put a model into eval mode and freeze its weights, because their gradients cost time. Undo both afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     model.eval().requires_grad_(False)

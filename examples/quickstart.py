@@ -5,7 +5,7 @@
 1. Train a teacher on clean digits.   2. Start a student from its weights.   3. Train the student on adversarial
 images with `CKTATLoss`.   4. Attack both with PGD and APGD.   5. Print a table, save a picture.
 
-`student_loss` below has the lines to copy into a project of your own, and pgd.py the attack.
+Copy `student_loss` below into a project of your own, and the attack from pgd.py.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from torch.utils.data import default_collate
 from cktat_loss import CKTATLoss, warm_start
 
 TEACHER_EPOCHS, BATCH, LR = 25, 64, 0.1
-RECIPES = {  # settings of CKTATLoss: ours, and Eq. 17 of the paper to the letter
-    "adaptive": {"tau": 2.0, "beta": 6.0, "adaptive": True, "detach_clean": True},
-    "literal": {"tau": 5.0, "beta": 6.0},
+RECIPES = {  # arguments of CKTATLoss, whose defaults are those of the paper's Eq. 17
+    "adaptive": {"tau": 2.0, "beta": 6.0, "adaptive": True, "detach_clean": True},  # ours
+    "literal": {"tau": 5.0, "beta": 6.0},  # the paper's
 }
 Split = list[Tensor]  # images (N, 1, 8, 8) in [0, 1], classes (N,)
 INK, BLUE, ORANGE, RIGHT, WRONG = "#1f2933", "#2463a8", "#d9730d", "#1a7f4b", "#c2272d"
 
 
 def fit(model: nn.Module, train: Split, epochs: int, loss_of: Callable[..., Tensor]) -> Iterator[tuple[int, float]]:
-    """Minimise loss_of(x, y) by SGD. The learning rate rises for a fifth of the steps. Yield after every epoch."""
+    """Minimise loss_of(x, y) by SGD. The learning rate rises for a fifth of the steps. Yield (epoch, last loss)."""
     x, y = train
     sgd = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * math.ceil(len(x) / BATCH)
@@ -122,7 +122,7 @@ def draw(title: str, curves: list[tuple[float, ...]], models: list[nn.Module], x
     x, y = x[first], y[first]
     teacher, student = models
     on_teacher, on_student = (pgd(model, x, y, eps=eps, step=eps / 4, steps=20) for model in models)
-    rows = [  # a name, images, and the model whose prediction stands at each place below them
+    rows = [  # name, images, and {place below an image: (letter, model) of a prediction}
         ("clean", x, {0.24: ("T", teacher), 0.76: ("S", student)}),
         ("PGD-20 on the\nteacher (T)", on_teacher, {0.5: ("T", teacher)}),
         ("PGD-20 on the\nstudent (S)", on_student, {0.5: ("S", student)}),
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # more hardly help images this small
+    torch.set_num_threads(1)  # more threads hardly help with images this small
     print(f"recipe {args.recipe}: {RECIPES[args.recipe]}")
 
     train, validation, test = (default_collate([*part]) for part in images.load("digits")[:3])
