@@ -17,7 +17,6 @@ from benchmarks.study.grid import METHODS, RESULTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/study.md", "benchmarks/results/study.md", "README.md")
-LATER = "-0.3"  # in the file names of the runs by the training loop of version 0.3
 KEYS = {
     name: ["dataset", "arch", "method", "eps", "seed", *more] for name, more in (("runs", ()), ("curves", ["epoch"]))
 }
@@ -72,9 +71,8 @@ def report(root: Path = ROOT) -> None:
 
 def blocks() -> dict[str, str]:
     """Return the content of every block by its name."""
-    first, second, replication = (published(name) for name in ("runs", "runs-0.2", "replication"))
-    third = published(f"runs{LATER}") if (RESULTS / f"runs{LATER}.csv").exists() else second[:0]
-    return tables.blocks(first, second, third, replication) | two_views.blocks(two_views.read())
+    runs = (published(name) for name in ("runs", "runs-0.2", "runs-0.3", "replication"))
+    return tables.blocks(*runs) | two_views.blocks(two_views.read())
 
 
 def with_blocks(text: str, contents: dict[str, str]) -> str:

@@ -216,6 +216,19 @@ def test_best_is_the_epoch_with_the_best_robust_accuracy(train, run, monkeypatch
     assert done.best == 0.5
 
 
+def test_validation_counts_right_predictions_of_clean_and_attacked_images(train):
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+    loader = [
+        (torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])),
+        (torch.tensor([[1.0, 0.0]] * 2), torch.tensor([0, 1])),
+    ]
+    attack = lambda model, x, y: torch.cat([x[:1].flip(1), x[1:]])  # noqa: E731
+    assert train.validate(model, loader, None) == {"clean": 0.75}
+    assert train.validate(model, loader, attack) == {"clean": 0.75, "robust": 0.25}
+
+
 def test_a_constant_prediction_is_warned_of(train, capsys):
     class Constant(nn.Linear):
         def forward(self, x):
