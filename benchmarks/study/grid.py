@@ -17,7 +17,7 @@ WIDTHS = ("digits-4", "digits", "digits-32")  # networks; "digits" has width 16
 
 @dataclass(frozen=True)
 class Setting:
-    """How every method is trained on a data set."""
+    """The training of every method on a data set."""
 
     eps: tuple[float, ...]  # radii of the Linf ball; the main table has the first
     epochs: int
