@@ -237,9 +237,8 @@ def streaming_kernel(
                 clean_ptr, adv_ptr, teacher_ptr, d_clean_ptr, d_adv_ptr, start + edge_cols, edge_cols, on_edge,
                 rate_log2e, max_c, max_a, max_t, log_sum_c, log_sum_a, log_sum_t, consistency, w_g, w_c,
             )  # fmt: skip
-        # Read the chunks in reverse: the last ones are most likely to be in the L2 cache still.
-        for j in range(CHUNKS):
-            cols = (CHUNKS - 1 - j) * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+        for k in range(CHUNKS):
+            cols = k * BLOCK + tl.arange(0, BLOCK)[None, None, :]
             store_chunk_gradients(
                 clean_ptr, adv_ptr, teacher_ptr, d_clean_ptr, d_adv_ptr, start + cols, cols, cols < length, rate_log2e,
                 max_c, max_a, max_t, log_sum_c, log_sum_a, log_sum_t, consistency, w_g, w_c,
