@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # The gradients of the clean and of the adversarial logits, each (N, C). None if not needed. A backend returns each in
 # its logits' dtype.
@@ -113,6 +113,13 @@ def hooks(module: nn.Module) -> list[Any]:
     """Return the forward and backward hooks of a module."""
     names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # since torch 2.0
     return [hook for name in names for hook in vars(module)[name].values()]
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call in a graph by name. Positional ones have names only if an operator is called."""
+    schema = getattr(node.target, "_schema", None)  # since torch 1.13
+    names = [] if schema is None else [argument.name for argument in schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _is_exporting() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from cktat_loss._backends import hooks, is_compiled
+from cktat_loss._backends import hooks, is_compiled, named_arguments
 from cktat_loss._state_dicts import WRAPPERS
 
 SHARE_IT = "copy_teacher=False shares it instead"
@@ -137,8 +137,7 @@ def _train_mode_call(module: fx.GraphModule) -> str | None:
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        normalized = node.normalized_arguments(module, normalize_to_only_use_kwargs=True)
-        arguments = node.kwargs if normalized is None else normalized.kwargs
+        arguments = named_arguments(node)
         is_training = arguments.get("train") is True or arguments.get("training") is True
         # InstanceNorm with running statistics, and attention, say it in their own ways.
         counts = arguments.get("use_input_stats") is True and arguments.get("running_mean") is not None

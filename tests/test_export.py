@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from cktat_loss import CKTATLoss, functional
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 
 class Training(nn.Module):
     """A module with the loss inside, and a second loss without us, so that a gradient that is lost goes unnoticed."""
@@ -39,7 +41,12 @@ def test_the_gradient_of_an_exported_module(kind: str, strict: bool) -> None:
     expected = torch.autograd.grad(module(*batch), [*module.head.parameters()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export's own
-        exported = torch.export.export(module, batch, strict=strict).module()
+        try:
+            exported = torch.export.export(module, batch, strict=strict).module()
+        except KeyError:
+            assert strict, "strict=False works in every version"
+            assert TORCH < (2, 14), "older versions cannot export a module that is not registered, and say so"
+            return
     parameters = dict(exported.named_parameters())
     gradients = torch.autograd.grad(exported(*batch), [parameters[f"head.{name}"] for name in ("weight", "bias")])
     torch.testing.assert_close(gradients, expected)
