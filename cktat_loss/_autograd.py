@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cktat_loss import _cpu, _plain, kernels
 from cktat_loss._backends import (
+    ORDINARY_TYPES,
     Backend,
     CKTATTerms,
     Gradients,
@@ -20,6 +21,7 @@ from cktat_loss._backends import (
     is_transformed,
 )
 
+# No gradient is needed from the backend: nobody wants one, or autograd derives it from differentiable operations.
 NO_GRADIENTS = Needs(clean=False, adv=False)
 
 
@@ -28,11 +30,10 @@ def loss(problem: Problem, weighting: Weighting, return_terms: bool, backend: st
 
     The terms are detached, and None unless ``return_terms``.
     """
-    compiling = torch.compiler.is_compiling()
-    if is_transformed() or (compiling and is_exporting()):
+    if _derives_everything():
         out = _plain.loss_forward(problem, weighting, NO_GRADIENTS, return_terms)
         return out.loss, out.terms
-    if compiling:
+    if torch.compiler.is_compiling():
         out = _plain.combine(problem, weighting, _terms_in_graph(problem), return_terms)
         return out.loss, out.terms
     chosen = choose(backend, problem.clean, problem.adv, problem.teacher)
@@ -47,16 +48,20 @@ def loss(problem: Problem, weighting: Weighting, return_terms: bool, backend: st
 
 def terms(problem: Problem, backend: str) -> CKTATTerms:
     """Compute both terms, each (N,), differentiable as the loss is."""
-    compiling = torch.compiler.is_compiling()
-    if is_transformed() or (compiling and is_exporting()):
+    if _derives_everything():
         return _plain.terms_forward(problem)
-    if compiling:
+    if torch.compiler.is_compiling():
         return _terms_in_graph(problem)
     chosen = choose(backend, problem.clean, problem.adv, problem.teacher)
     if _needs_gradients(problem):
         problem = _savable_problem(problem)
         return CKTATTerms(*_Terms.apply(problem.clean, problem.adv, problem, chosen))
     return chosen.terms_forward(problem)
+
+
+def _derives_everything() -> bool:
+    """True if gradients must be derived from plain operations, because an autograd.Function's would be ignored."""
+    return is_transformed() or (torch.compiler.is_compiling() and is_exporting())
 
 
 def choose(backend: str, *logits: Tensor) -> Backend:
@@ -69,7 +74,7 @@ def choose(backend: str, *logits: Tensor) -> Backend:
     if backend == "triton" or (backend == "auto" and not on_cpu and all(map(kernels.supports, logits))):
         return kernels
     # A tensor subclass may have no data to branch on. A fake tensor has none.
-    if on_cpu and all(type(x) in kernels.SUPPORTED_TYPES and x.dtype != torch.float64 for x in logits):
+    if on_cpu and all(type(x) in ORDINARY_TYPES and x.dtype != torch.float64 for x in logits):
         return _cpu
     return _plain
 
@@ -159,7 +164,7 @@ class _Terms(torch.autograd.Function):
 class _TermsInGraph(torch.autograd.Function):
     """Both terms for torch.compile, with a backward pass that starts from the logits.
 
-    If the compiler derived the backward pass itself, it would save five more tensors of the logits' size.
+    If the compiler derived the backward pass itself, it would also save intermediate tensors of the logits' size.
     """
 
     @staticmethod
@@ -187,9 +192,9 @@ def _terms_in_graph(problem: Problem) -> CKTATTerms:
 def _bind(gradient: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient unchanged, but make the compiled graph depend on the logits, so that it must save them.
 
-    If a graph saves only intermediates, a second derivative is silently wrong in torch 2.6 to 2.11. If it saves an
-    input that requires grad, PyTorch raises. The logits are selected only where the weight is NaN, and there the
-    gradient is NaN anyway.
+    A compiled graph has no second derivative. PyTorch raises an error when one is asked for, but only if the graph has
+    saved an input that requires grad. Otherwise torch 2.6 to 2.11 return a wrong one. The logits are selected only if
+    the weight is NaN, and then the gradient is NaN anyway.
     """
     return torch.where(weight.isnan(), (logits + weight).to(gradient.dtype), gradient)
 

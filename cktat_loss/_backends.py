@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+# All other types are subclasses of Tensor. A subclass, such as DTensor, may keep its elements elsewhere.
+ORDINARY_TYPES = (Tensor, nn.Parameter)
+
 # The gradients of the clean and of the adversarial logits, each (N, C). None if not needed. A backend returns each in
 # its logits' dtype.
 Gradients = tuple[Tensor | None, Tensor | None]
@@ -43,7 +46,7 @@ class Weighting(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The gradients that a backward pass will ask for."""
+    """The gradients that a backend's backward pass will be asked for."""
 
     clean: bool
     adv: bool
@@ -116,7 +119,11 @@ def hooks(module: nn.Module) -> list[Any]:
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a call in a graph by name. Positional ones have names only if an operator is called."""
+    """Return the arguments of a call in a graph by name.
+
+    The schema of an operator names the arguments that are passed by position. A Python function has no schema, so that
+    only its keyword arguments are returned.
+    """
     schema = getattr(node.target, "_schema", None)  # since torch 1.13
     names = [] if schema is None else [argument.name for argument in schema.arguments]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -135,7 +142,7 @@ def _is_exporting() -> bool:
 if hasattr(torch.compiler, "is_exporting"):
     is_exporting = torch.compiler.is_exporting
 else:
-    # floor: torch 2.6 has no is_exporting. While tracing, Dynamo evaluates a function that is marked like this one, and
-    # uses its result as a constant. Both names are those of 2.6.
+    # floor: torch 2.6, the oldest that is supported, has no is_exporting. While tracing, Dynamo evaluates a function
+    # that is marked like this one, and uses its result as a constant. Both names are those of 2.6.
     is_exporting = _is_exporting
     is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -92,7 +92,8 @@ def _all_rows(
     """
     clean, adv, teacher, tau = problem
     n, classes = adv.shape
-    # One share per thread, but at most a fifth of the input, and at least one share.
+    # A block has BLOCK_ELEMENTS_PER_THREAD for each thread, but at most a fifth of the input, so that its temporary
+    # tensors stay small beside the input. A block for one thread is always allowed.
     elements = min(BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads(), n * classes // 5)
     step = max(1, max(elements, BLOCK_ELEMENTS_PER_THREAD) // classes)
     if n <= step:
@@ -146,8 +147,8 @@ def _block(problem: Problem, beta: float | Tensor, y: Tensor | None, w_guidance:
 def _softmax(logits: Tensor, tau: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logits - maximum) / tau, (N, C), its softmax, (N, C), and the softmax's divisor, (N, 1).
 
-    Written out because torch.softmax is slow for short rows and sums long rows in one go, with errors up to 1e-5. Uses
-    ``exp2`` because ``exp`` calls a library that is slow on the processors of some makers.
+    Written out because torch.softmax is slow for short rows and inaccurate for long ones. Uses ``exp2`` because ``exp``
+    calls Intel's MKL, which is slow on other processors. docs/architecture.md has the numbers.
     """
     x = logits.float()
     x = x - x.amax(1, keepdim=True)
@@ -187,7 +188,7 @@ def _small_kl_(d: Tensor, p: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
     ``d`` and ``p`` are those rows, (R, C). ``p_a`` has all rows, (N, C). The common case needs no select per element.
     """
     if p.amin().item() == 0:
-        d.masked_fill_(p == 0, 1.0)
+        d.masked_fill_(p == 0, 1.0)  # then the summand is p_a, see _plain.kl_elements
     if d.abs().amax().item() < _plain.SERIES_BELOW:
         *lower, highest = _plain.SERIES
         elements = d * highest

@@ -68,8 +68,8 @@ def gradients(problem: Problem, w_guidance: Tensor, w_consistency: Tensor) -> tu
     d = torch.where(p_c > 0, log_c - log_a, 0.0)
     w_g, w_c = w_guidance.unsqueeze(-1), w_consistency.unsqueeze(-1)
     d_clean = w_c * p_c * (d - (p_c * d).sum(-1, keepdim=True))
-    # Equal to w_g (p_a - p_t) + w_c (p_a - p_c), but p_a and p_t occur once, so that a compiler fuses their exp into
-    # this line. p_c occurs in d_clean too.
+    # Equal to w_g (p_a - p_t) + w_c (p_a - p_c). Here p_a and p_t occur once, so that a compiler computes their exp
+    # within this line and stores neither.
     d_adv = (w_g + w_c) * (p_a - p_c) + w_g * (p_c - p_t)
     return d_clean.to(clean.dtype), d_adv.to(adv.dtype)
 
@@ -90,9 +90,7 @@ def sample_weights(problem: Problem, weighting: Weighting) -> float | Tensor:
     dtype = compute_dtype(problem.clean, problem.adv, problem.teacher)
     if weighting.y is not None:
         return label_weights(log_softmax(problem.adv.detach().to(dtype)).exp(), weighting.y, weighting.beta)
-    if isinstance(
-        weighting.beta, Tensor
-    ):  # cast, because loss_backward multiplies it by grad_output, which may be 0-d float64
+    if isinstance(weighting.beta, Tensor):  # cast: a float16 beta, (N,), times a 0-d grad_output would stay float16
         return weighting.beta.to(dtype)
     return weighting.beta
 

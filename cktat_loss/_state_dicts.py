@@ -102,7 +102,7 @@ def _unwrapped(state: Mapping[str, T], owner: object = None, *, by_name: bool = 
         children[first + dot][rest] = value
     for child in children:
         if child.endswith("."):
-            # Not getattr: a module may pass unknown names on to another one.
+            # Not getattr: a module may pass unknown names on to another one. A ScriptModule's _modules has no get().
             inner = dict(owner._modules.items()).get(child[:-1]) if isinstance(owner, nn.Module) else None
             children[child] = _unwrapped(children[child], inner, by_name=by_name)
     match sorted(children):

@@ -139,10 +139,10 @@ def _train_mode_call(module: fx.GraphModule) -> str | None:
             continue
         arguments = named_arguments(node)
         is_training = arguments.get("train") is True or arguments.get("training") is True
-        # InstanceNorm with running statistics, and attention, say it in their own ways.
-        counts = arguments.get("use_input_stats") is True and arguments.get("running_mean") is not None
-        rate = arguments.get("dropout_p")
-        if is_training or counts or (isinstance(rate, float) and rate > 0):
+        # InstanceNorm with running statistics, and attention, have other arguments for the mode.
+        updates_statistics = arguments.get("use_input_stats") is True and arguments.get("running_mean") is not None
+        dropout_rate = arguments.get("dropout_p")
+        if is_training or updates_statistics or (isinstance(dropout_rate, float) and dropout_rate > 0):
             return str(node.target)
     return None
 
@@ -173,7 +173,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _count_hooks(module: nn.Module) -> int:
-    """Count the hooks of a module without those of torch.export, which a copy replaces by guards."""
+    """Count the hooks of a module, without those of torch.export. A copy may lose them: the graph checks inputs too."""
     return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
 
 

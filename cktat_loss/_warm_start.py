@@ -22,8 +22,8 @@ class WarmStartReport:
         copied: the names in the student that now have the teacher's values.
         missing: the names in the student that the teacher doesn't have.
         unexpected: the names in the teacher that the student doesn't have.
-        mismatched: the names in both that weren't copied, because the shapes differ, because a cast would lose the
-            meaning, or because the student ties what is different in the teacher.
+        mismatched: the names in both that weren't copied, because the shapes differ, because only one of the tensors
+            is complex, floating, quantised or sparse, or because the student ties what is different in the teacher.
     """
 
     copied: tuple[str, ...]
@@ -72,8 +72,7 @@ def warm_start(
         strict: raise if anything is missing, unexpected or mismatched. False copies what fits.
 
     Returns:
-        The names that were copied, and those that were missing, unexpected or mismatched. A name is mismatched if the
-        shapes differ, or if one tensor is complex, floating, quantised or sparse and the other is not.
+        The names that were copied, missing, unexpected and mismatched, as ``WarmStartReport`` defines them.
 
     Raises:
         TypeError: an argument has the wrong type, a model is sharded, or an entry of a state_dict is no tensor.
@@ -119,7 +118,8 @@ def warm_start(
             mismatched[name] = f"{name} (tied to {first} in the student, different in the teacher)"
 
     filled = {name for name, target in targets.items() if _region(target) in values}
-    missing = tuple(name for name in targets if name not in pairs and name not in filled and not _spare(name, pairs))
+    unfilled = (name for name in targets if name not in pairs and name not in filled)
+    missing = tuple(name for name in unfilled if not _is_optional(name, pairs))
     copied = tuple(name for name in targets if name in filled and name not in mismatched)
     if (strict or not copied) and (missing or unexpected or mismatched):
         misfits = _list(missing=missing, unexpected=unexpected, mismatched=mismatched.values())
@@ -160,8 +160,8 @@ def _overlaps(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _spare(name: str, pairs: Mapping[str, Tensor]) -> bool:
-    """True for the counter of a BatchNorm of which the teacher has the statistics."""
+def _is_optional(name: str, pairs: Mapping[str, Tensor]) -> bool:
+    """True for a BatchNorm's ``num_batches_tracked``, if its ``running_mean`` is in ``pairs``: old files lack it."""
     owner, dot, kind = name.rpartition(".")
     return kind == "num_batches_tracked" and f"{owner}{dot}running_mean" in pairs
 

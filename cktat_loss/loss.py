@@ -52,7 +52,8 @@ class CKTATLoss(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong type. The message names it, what came and what was wanted.
-        ValueError: a wrong value, or a teacher that cannot be copied or would not be frozen.
+        ValueError: a wrong value, or a teacher that has no values yet, cannot be copied, or would keep its train mode
+            or a reference to the original in the copy.
         RuntimeError: ``backend="triton"`` if the kernels cannot run.
 
     Examples:

@@ -16,8 +16,10 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     seen = log_p > -torch.inf
     # Select on both sides of the product: otherwise a class with p = 0 would make the gradient NaN.
     ratio = torch.where(seen, log_p, 0.0) - torch.where(seen, log_q, 0.0)
-    # In a row with a NaN, or masked everywhere, no class is seen. The product with the sum keeps the NaN.
-    return (torch.where(seen, log_p.exp(), 0.0 * log_p.exp().sum(1, keepdim=True)) * ratio).sum(1)
+    # If a row has a NaN, or all of its classes are masked, all of log_p is NaN, and so is this zero.
+    zero = 0.0 * log_p.exp().sum(1, keepdim=True)
+    p = torch.where(seen, log_p.exp(), zero)
+    return (p * ratio).sum(1)
 
 
 def cktat_terms(

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cktat_loss._backends import ORDINARY_TYPES
+
 if TYPE_CHECKING:
     from .launch import loss_backward, loss_forward, terms_backward, terms_forward
 
 __all__ = ["is_available", "loss_backward", "loss_forward", "supports", "terms_backward", "terms_forward"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# A subclass of Tensor, such as DTensor, may keep its elements elsewhere.
-SUPPORTED_TYPES = (Tensor, torch.nn.Parameter)
 # The first compute capability for which Triton compiles: Volta.
 MINIMUM_CAPABILITY = 7
 
@@ -61,7 +61,7 @@ def supports(tensor: Tensor) -> bool:
 
 @functools.cache
 def _supports(kind: type, dtype: torch.dtype, device: torch.device) -> bool:
-    if not INSTALLED or dtype not in SUPPORTED_DTYPES or kind not in SUPPORTED_TYPES:
+    if not INSTALLED or dtype not in SUPPORTED_DTYPES or kind not in ORDINARY_TYPES:
         return False
     if device.type == "cuda":  # also the name of a ROCm device
         is_rocm = torch.version.hip is not None

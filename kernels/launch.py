@@ -22,8 +22,8 @@ from .streaming import streaming_kernel
 # A logit position is one row and column of the three logits. A thread keeps about 6 float32 per position alive (three
 # logits, three exponentials). With 16 positions the rows kernel uses up to 128 registers and the streaming kernel up to
 # 153 (sm_90, Triton 3.8), so that 12 warps or more fit on an SM. 32 positions use 248 registers. 8 positions use 64,
-# but then shuffles and barriers of the reductions are a third of all instructions (C = 1000: 100 per position instead
-# of 82). On AMD a warp has 64 lanes, so that each thread has half the positions.
+# but then shuffles and barriers of the reductions are a third of all instructions: at C = 1000 a position takes 100
+# instructions instead of 82. On AMD a warp has 64 lanes, so that each thread has half the positions.
 POSITIONS_PER_THREAD = 16
 # The rows kernel holds a whole row in registers. A row of 8,192 would be one CTA with all registers of an SM, and
 # nothing would hide its loads. Two CTAs of 4,096 fit. Above the limit, streaming moves 8 elements instead of 5.
@@ -67,10 +67,10 @@ def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
     vector = min(16 // itemsize, classes & -classes)  # elements per load of a thread
     threads_per_row = max(1, columns // POSITIONS_PER_THREAD)
     if threads_per_row > 32:
-        return Tile(1, 1, columns, min(16, threads_per_row // 32))
+        return Tile(1, 1, columns, threads_per_row // 32)
     width = min(max(threads_per_row * vector, columns // 8, 4), 32 * vector, columns)
     lanes = min(32, max(1, width // vector))
-    if 4 < n * lanes / 32 <= 8:  # one program; 16 warps are 1.15 times as fast as 8 on an H200 (128 x 10)
+    if 128 < n * lanes <= 256:  # too many rows for 4 warps. On an H200 16 warps are 1.15 times as fast as 8 (128 x 10).
         return Tile(columns // width, 256 // lanes, width, 16)
     return Tile(columns // width, 128 // lanes, width, 4)
 

@@ -27,8 +27,8 @@ def rows_kernel(
     tau,  # temperature of the teacher, float
     beta,  # weight of the consistency: a float, or a pointer to () or (N,)
     y_ptr,  # (N,), labels, or None
-    w_guidance,  # weight of the guidance in the gradients: a float, or a pointer to () or (N,)
-    w_consistency,  # weight of the consistency in the gradients: likewise; None means w_guidance
+    w_guidance,  # gradient of each row's loss, or of its guidance: a float, or a pointer to () or (N,)
+    w_consistency,  # gradient of each row's consistency, before beta: likewise; None means w_guidance
     loss_ptr,  # output: (N,) for "none", else one partial sum per program; or None
     guidance_ptr,  # output: (N,), or None
     consistency_ptr,  # output: (N,), or None

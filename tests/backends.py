@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from cktat_loss import _autograd, kernels
+from cktat_loss._backends import ORDINARY_TYPES
 
 
 def use(name: str) -> None:
@@ -25,7 +26,7 @@ def use(name: str) -> None:
 
     @functools.wraps(choose)
     def choose_kernels(asked: str, *logits: Tensor) -> Any:
-        takes = all(type(x) in kernels.SUPPORTED_TYPES and x.dtype in kernels.SUPPORTED_DTYPES for x in logits)
+        takes = all(type(x) in ORDINARY_TYPES and x.dtype in kernels.SUPPORTED_DTYPES for x in logits)
         return backend if asked == "auto" and logits[0].is_cpu and takes else choose(asked, *logits)
 
     _autograd.choose = choose_kernels
