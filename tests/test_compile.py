@@ -205,6 +205,7 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_logits(counter):
     assert {x.data_ptr() for x in kept if x.numel() >= 8 * 50} == {x.data_ptr() for x in logits}
 
 
+@pytest.mark.skipif(TORCH == (2, 6), reason="torch 2.6 raises if a graph changes the mode of a compiled module")
 def test_a_shared_compiled_teacher_in_a_graph(counter):
     training = Training()
     training.criterion = CKTATLoss(torch.compile(training.teacher, backend="eager"), 5.3, 0.7, copy_teacher=False)

@@ -117,6 +117,10 @@ def on_mesh(rank, folder):
     for placement in (Shard(0), Shard(1), Replicate()):
         clean, adv, teacher = (distribute_tensor(x, mesh, [placement]).requires_grad_() for x in logits)
         labels = distribute_tensor(y, mesh, [placement if placement == Shard(0) else Replicate()])
+        if torch.__version__.startswith("2.6."):
+            with pytest.raises(NotImplementedError, match="amax"):
+                functional.cktat_loss(clean, adv, teacher)
+            continue
         check(functional.cktat_loss(clean, adv, teacher), functional.cktat_loss(*logits))
         assert isinstance(adv, DTensor)
         if placement == Shard(1):
