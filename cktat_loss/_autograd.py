@@ -60,7 +60,10 @@ def terms(problem: Problem, backend: str) -> CKTATTerms:
 
 
 def _derives_everything() -> bool:
-    """True if gradients must be derived from plain operations, because an autograd.Function's would be ignored."""
+    """True if autograd has to derive the gradients from plain operations.
+
+    torch.func and forward-mode differentiation refuse the Functions below. torch.export drops their backward pass.
+    """
     return is_transformed() or (torch.compiler.is_compiling() and is_exporting())
 
 
@@ -190,11 +193,12 @@ def _terms_in_graph(problem: Problem) -> CKTATTerms:
 
 
 def _bind(gradient: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient unchanged, but make the compiled graph depend on the logits, so that it must save them.
+    """Return the gradient unchanged, but make the compiled backward pass read the logits, so that they must be saved.
 
-    A compiled graph has no second derivative. PyTorch raises an error when one is asked for, but only if the graph has
-    saved an input that requires grad. Otherwise torch 2.6 to 2.11 return a wrong one. The logits are selected only if
-    the weight is NaN, and then the gradient is NaN anyway.
+    Without that the compiler may save intermediates in place of the logits. A compiled graph has no second derivative.
+    PyTorch raises an error when one is asked for, but only if the graph has saved an input that requires grad.
+    Otherwise torch 2.6 to 2.11 return a wrong one. The logits are selected only if the weight is NaN, and then the
+    gradient is NaN anyway.
     """
     return torch.where(weight.isnan(), (logits + weight).to(gradient.dtype), gradient)
 

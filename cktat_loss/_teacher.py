@@ -148,10 +148,13 @@ def _train_mode_call(module: fx.GraphModule) -> str | None:
 
 
 def _dtype_hint(teacher: nn.Module, x: Any) -> str | None:
-    """Describe how the dtype of ``x`` differs from all floating dtypes of the teacher, or return None."""
+    """Describe how the dtype of ``x`` differs from all floating dtypes of the teacher, or return None.
+
+    There is no hint for int32 and int64, because an embedding takes these as they are.
+    """
     weights: list[Tensor] = [*teacher.parameters()] or [*teacher.buffers()]
     dtypes = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
-    if not isinstance(x, Tensor) or not dtypes or x.dtype in dtypes:
+    if not isinstance(x, Tensor) or not dtypes or x.dtype in (*dtypes, torch.int32, torch.int64):
         return None
     has = ", ".join(sorted(map(str, dtypes))).replace("torch.", "")
     return f"x is {str(x.dtype).removeprefix('torch.')}, the teacher has {has}: cast x, or use autocast"
@@ -173,7 +176,10 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _count_hooks(module: nn.Module) -> int:
-    """Count the hooks of a module, without those of torch.export. A copy may lose them: the graph checks inputs too."""
+    """Count the hooks of a module, without those of torch.export.
+
+    A deep copy has none of the latter. Nothing is lost by it: they check the inputs, and the graph does so itself.
+    """
     return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
 
 

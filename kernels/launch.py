@@ -60,8 +60,9 @@ class Tile(NamedTuple):
 def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
     """Return the tile of the rows kernel: at most 16 positions per thread, with as few threads per row as that takes.
 
-    There are at most 8 strips, and a strip is at least 4 columns wide, so that the loads of a warp lie together. A
-    small batch is one program, so that there are no partial sums to add up.
+    A strip is at least 4 columns wide (if there are as many), so that the loads of a warp lie together. There are at
+    most 8 strips, or 16 for odd numbers of classes, whose loads are narrow. A small batch is one program, so that there
+    are no partial sums to add up.
     """
     columns = 1 << (classes - 1).bit_length()
     vector = min(16 // itemsize, classes & -classes)  # elements per load of a thread

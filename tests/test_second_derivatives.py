@@ -216,3 +216,12 @@ def test_a_gradient_in_a_compiled_loss_is_right_or_raises(
         return
     for x, true in zip(actual, expected_of(name, penalty, *args), strict=True):
         torch.testing.assert_close(x.double(), true, rtol=1e-4, atol=1e-4)
+
+
+def test_the_compiler_named_eager_gives_a_first_gradient_without_a_graph() -> None:
+    """docs/kernels.md warns of it."""
+    torch.compiler.reset()
+    clean, adv, teacher = logits()
+    loss = torch.compile(cktat_loss, backend="eager", fullgraph=True)(clean, adv, teacher)
+    (gradient,) = torch.autograd.grad(loss, adv, create_graph=True)
+    assert not gradient.requires_grad

@@ -131,6 +131,20 @@ def test_other_errors_of_the_teacher_stay_as_they_are(batch):
     assert "cast x" not in str(info.value)
 
 
+def test_no_hint_on_the_dtype_of_ids(batch):
+    clean, adv, _ = batch
+    embedding = nn.Sequential(nn.Embedding(5, 4), nn.Flatten())
+    with pytest.raises(IndexError) as info:
+        CKTATLoss(embedding)(clean, adv, torch.full((len(clean), 1), 5))
+    assert "cast x" not in str(info.value)
+
+
+def test_a_hint_on_the_dtype_of_pixels(batch):
+    clean, adv, x = batch
+    with pytest.raises(RuntimeError, match="x is uint8, the teacher has float32: cast x"):
+        CKTATLoss(make_net())(clean, adv, x.to(torch.uint8))
+
+
 def test_a_teacher_that_returns_its_logits_in_an_object(batch):
     class Output(nn.Module):
         def forward(self, x: Tensor) -> types.SimpleNamespace:
