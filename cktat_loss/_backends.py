@@ -130,7 +130,7 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _is_exporting() -> bool:
-    """True under torch.export."""
+    """True under torch.export. Call it only while a graph is being made."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:

@@ -183,12 +183,13 @@ def _divergence_(x: Tensor, p: Tensor, sums: Tensor, x_a: Tensor, p_a: Tensor, s
 
 
 def _small_kl_(d: Tensor, p: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
-    """Return the KL of the given rows without cancellation, as ``_plain.kl_elements`` does. Overwrites d.
+    """Return the KL of the given rows as sum p (d + expm1(-d)), which cancels nothing. Overwrites d.
 
-    ``d`` and ``p`` are those rows, (R, C). ``p_a`` has all rows, (N, C). The common case needs no select per element.
+    ``d`` and ``p`` are those rows, (R, C). ``p_a`` has all rows, (N, C). If all d are small, the polynomial
+    ``_plain.SERIES`` serves every element. Otherwise ``_plain.kl_elements`` selects per element.
     """
     if p.amin().item() == 0:
-        d.masked_fill_(p == 0, 1.0)  # then the summand is p_a, see _plain.kl_elements
+        d.masked_fill_(p == 0, 1.0)  # beyond the polynomial's range, where the summand is p_a
     if d.abs().amax().item() < _plain.SERIES_BELOW:
         *lower, highest = _plain.SERIES
         elements = d * highest

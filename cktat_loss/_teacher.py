@@ -176,10 +176,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _count_hooks(module: nn.Module) -> int:
-    """Count the hooks of a module, without those of torch.export.
-
-    A deep copy has none of the latter. Nothing is lost by it: they check the inputs, and the graph does so itself.
-    """
+    """Count the hooks of a module, without those by which torch.export checks inputs: no deep copy has these."""
     return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
 
 

@@ -87,9 +87,9 @@ def cktat_loss(
     Shape:
         All logits are (N, C) with C >= 1, in float16, bfloat16, float32 or float64. The three dtypes may differ. An
         empty batch gives NaN for "mean" and 0 for "sum", as in torch. A logit of -inf masks its class. If a class is
-        masked in the adversarial logits but not in the teacher's, the guidance is infinite. If it is masked there but
-        not in the clean logits, the consistency is infinite. The loss is then infinite too, or NaN if the infinite
-        consistency has weight 0.
+        masked in the adversarial logits but not in the teacher's, the guidance is infinite. If it is masked in the
+        adversarial logits but not in the clean ones, the consistency is infinite. The loss is then infinite too, or NaN
+        if the infinite consistency has weight 0, and the sample's gradients are unspecified.
 
     Returns:
         The loss, () or (N,) for "none", in float32, or in float64 if any of the logits are. Each gradient has its

@@ -52,8 +52,8 @@ class CKTATLoss(nn.Module):
 
     Raises:
         TypeError: an argument of the wrong type. The message names it, what came and what was wanted.
-        ValueError: a wrong value, or a teacher that has no values yet, cannot be copied, or would keep its train mode
-            or a reference to the original in the copy.
+        ValueError: a wrong value; or a teacher that has no values yet, that cannot be copied, that is a graph exported
+            in train mode, or that has a function which refers to the original model.
         RuntimeError: ``backend="triton"`` if the kernels cannot run.
 
     Examples:

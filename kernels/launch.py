@@ -28,8 +28,9 @@ POSITIONS_PER_THREAD = 16
 # The rows kernel holds a whole row in registers. A row of 8,192 would be one CTA with all registers of an SM, and
 # nothing would hide its loads. Two CTAs of 4,096 fit. Above the limit, streaming moves 8 elements instead of 5.
 ROWS_UP_TO = 4096
-# Columns per chunk and warps of the streaming kernel: 16 positions per thread too. On an H200 the narrow chunk is 1.4
-# times as fast for 4,096 rows, and the wide chunk 1.13 times as fast for 64 and 128 rows, which have an SM each.
+# Columns per chunk and warps of the streaming kernel: 16 positions per thread too. On an H200 the narrow chunk is
+# 1.3 to 1.4 times as fast for thousands of rows of 32,000 classes or more. The wide one is 1.13 times as fast for 64 and
+# 128 rows, which have an SM each (benchmarks/results/nvidia-h200-probe/probe.txt).
 STREAMING_BLOCK, STREAMING_WARPS = 2048, 4
 FEW_ROWS = 128
 FEW_ROWS_BLOCK, FEW_ROWS_WARPS = 4096, 8
@@ -66,12 +67,14 @@ def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
     """
     columns = 1 << (classes - 1).bit_length()
     vector = min(16 // itemsize, classes & -classes)  # elements per load of a thread
-    threads_per_row = max(1, columns // POSITIONS_PER_THREAD)
-    if threads_per_row > 32:
-        return Tile(1, 1, columns, threads_per_row // 32)
-    width = min(max(threads_per_row * vector, columns // 8, 4), 32 * vector, columns)
-    lanes = min(32, max(1, width // vector))
-    if 128 < n * lanes <= 256:  # too many rows for 4 warps. On an H200 16 warps are 1.15 times as fast as 8 (128 x 10).
+    least_threads = max(1, columns // POSITIONS_PER_THREAD)
+    if least_threads > 32:
+        return Tile(1, 1, columns, least_threads // 32)
+    width = min(max(least_threads * vector, columns // 8, 4), 32 * vector, columns)
+    lanes = min(32, max(1, width // vector))  # threads that share a row
+    if 128 < n * lanes <= 256:
+        # 4 warps cannot hold the batch, and 8 can. 16 warps, of which two share the strips of a row, are 1.15 times as
+        # fast as 8 on an H200 (128 x 10).
         return Tile(columns // width, 256 // lanes, width, 16)
     return Tile(columns // width, 128 // lanes, width, 4)
 
@@ -89,9 +92,9 @@ class Plan:
     def launch(self, programs: int, aligned: bool, device: int, *args: Any) -> None:
         """Launch the kernel, bypassing Triton's launcher once it is compiled.
 
-        The launcher redoes its specialisation at every call, which takes half of the launch's time on the host. A Plan
-        already fixes everything that the launcher looks at but two things, for which ``aligned`` stands: every pointer
-        is a multiple of 16, and n fits into 32 bits.
+        The launcher finds out at every call for which kind of arguments to compile, which takes most of its time. A
+        Plan fixes all of that except two things: that every pointer is a multiple of 16, and that n fits into 32 bits.
+        ``aligned`` says so. It is about the inputs, because outputs are new allocations and always aligned.
         """
         compiled = self.compiled
         if compiled is None or not aligned:
@@ -100,7 +103,7 @@ class Plan:
                 self.compiled = compiled
         elif _has_launch_hooks():
             compiled[programs, 1, 1](*args, *self.constants.values())
-        else:  # calling two empty chains of hooks would take 6 us
+        else:  # leave out the hooks, because calling empty ones takes time too
             stream = triton.runtime.driver.active.get_current_stream(max(device, 0))
             hooks = (None, None, None)  # the launch's metadata, and the hooks on entry and exit
             kernel = (compiled.function, compiled.packed_metadata)

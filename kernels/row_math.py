@@ -8,7 +8,7 @@ are p = exp(shifted) / sum, and for the teacher exp(shifted / tau) / sum. Then:
     dL/da = w_g (p_a - p_t) + w_c (p_a - p_c)                         dL/dc = w_c p_c (d_c - consistency)
 
 A tile of logits is (STRIPS, ROWS, WIDTH): column s WIDTH + w of a row lies in strip s. A thread sums over its strips in
-its own registers, so that WIDTH alone decides how many threads share a row and how many shuffles a reduction takes.
+its own registers, so that WIDTH decides how many threads share a row and how many shuffles a reduction takes.
 Values per row are (ROWS,).
 
 Every fused multiply-add is written as ``tl.fma``, and launch.py switches off the compiler's own fusing. A probability

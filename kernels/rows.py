@@ -27,8 +27,8 @@ def rows_kernel(
     tau,  # temperature of the teacher, float
     beta,  # weight of the consistency: a float, or a pointer to () or (N,)
     y_ptr,  # (N,), labels, or None
-    w_guidance,  # gradient of each row's loss, or of its guidance: a float, or a pointer to () or (N,)
-    w_consistency,  # gradient of each row's consistency, before beta: likewise; None means w_guidance
+    w_guidance,  # grad_output of the loss, or of the guidance: a float, or a pointer to () or (N,)
+    w_consistency,  # grad_output of the consistency: likewise; None means w_guidance
     loss_ptr,  # output: (N,) for "none", else one partial sum per program; or None
     guidance_ptr,  # output: (N,), or None
     consistency_ptr,  # output: (N,), or None
@@ -58,8 +58,8 @@ def rows_kernel(
     c = load_logits(clean_ptr + spread(rows * CLEAN_STRIDE) + cols, mask)
     a = load_logits(adv_ptr + spread(rows * ADV_STRIDE) + cols, mask)
     t = load_logits(teacher_ptr + spread(rows * TEACHER_STRIDE) + cols, mask)
+    rate, rate_log2e = rates(tau)  # 1 / tau, log2(e) / tau
     # Subtract the row maximum, so that exp cannot overflow.
-    rate, rate_log2e = rates(tau)
     p_c, p_a, p_t, d_c, _, _, _, guidance, consistency = divergences(
         c - spread(row_max(c)), a - spread(row_max(a)), t - spread(row_max(t)), rate, rate_log2e
     )

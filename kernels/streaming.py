@@ -45,7 +45,10 @@ def interior(row, C: tl.constexpr):
 
 @triton.jit
 def interior_start(row, head, STRIDE: tl.constexpr, C: tl.constexpr):
-    """Return the offset of the row's interior. For contiguous rows the compiler sees that it is a multiple of 8."""
+    """Return the offset of the row's interior. For contiguous rows the compiler sees that it is a multiple of 8.
+
+    Rows with another stride have the same interior, so that their columns match those of the contiguous gradients.
+    """
     if STRIDE == C:
         return (row * C + 7) // 8 * 8
     else:  # noqa: RET505 - Triton compiles one branch
@@ -156,8 +159,8 @@ def streaming_kernel(
     tau,  # temperature of the teacher, float
     beta,  # weight of the consistency: a float, or a pointer to () or (N,)
     y_ptr,  # (N,), labels, or None
-    w_guidance,  # gradient of each row's loss, or of its guidance: a float, or a pointer to () or (N,)
-    w_consistency,  # gradient of each row's consistency, before beta: likewise; None means w_guidance
+    w_guidance,  # grad_output of the loss, or of the guidance: a float, or a pointer to () or (N,)
+    w_consistency,  # grad_output of the consistency: likewise; None means w_guidance
     loss_ptr,  # output: (N,) for "none", else one partial sum per program; or None
     guidance_ptr,  # output: (N,), or None
     consistency_ptr,  # output: (N,), or None
@@ -188,7 +191,7 @@ def streaming_kernel(
     adv_ptr += interior_start(row, head, ADV_STRIDE, C)
     teacher_ptr += interior_start(row, head, TEACHER_STRIDE, C)
 
-    rate, rate_log2e = rates(tau)
+    rate, rate_log2e = rates(tau)  # 1 / tau, log2(e) / tau
     # Statistics of the chunks, one slot per chunk.
     slot = tl.arange(0, SLOTS)[None, None, :]
     minus_inf = tl.full((1, 1, SLOTS), float("-inf"), tl.float32)
