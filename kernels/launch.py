@@ -29,7 +29,7 @@ POSITIONS_PER_THREAD = 16
 # nothing would hide its loads. Two CTAs of 4,096 fit. Above the limit, streaming moves 8 elements instead of 5.
 ROWS_UP_TO = 4096
 # Columns per chunk and warps of the streaming kernel: 16 positions per thread too. On an H200 the narrow chunk is
-# 1.3 to 1.4 times as fast for thousands of rows of 32,000 classes or more. The wide one is 1.13 times as fast for 64 and
+# 1.3 to 1.4 times as fast for thousands of rows of 32,000 classes or more. The wide one is 1.13 times as fast for 64 or
 # 128 rows, which have an SM each (benchmarks/results/nvidia-h200-probe/probe.txt).
 STREAMING_BLOCK, STREAMING_WARPS = 2048, 4
 FEW_ROWS = 128
