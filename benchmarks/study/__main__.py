@@ -60,7 +60,7 @@ def study(dataset: str, args: argparse.Namespace) -> None:
         if table := tables.main_table(here, dataset, eps, args.methods):
             print(f"\n{tables.place(dataset, eps)}, validation images\n\n{table}")
             if (RESULTS / "runs.csv").exists():  # a source distribution leaves it out
-                print(tables.agreement_table(here, records.published("runs"), dataset, eps))
+                print(tables.agreement_table(here, tables.published("runs"), dataset, eps))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -106,12 +106,9 @@ class Run:
 
 
 def grid(dataset: str, seeds: Sequence[int], *, full: bool = False, methods: Iterable[str] = ()) -> list[Run]:
-    """Return the runs of a data set, each once.
+    """Return the runs of a data set, each once: the main table, all tables if `full`, or `methods` and NEEDED.
 
-    Args:
-        seeds: one run of each kind per seed. The search takes the first two.
-        full: all tables, not only the main one.
-        methods: run these and NEEDED instead, at the first radius. Empty: run the tables.
+    Each kind has a run per seed. The search takes the first two seeds.
     """
     first, rest = SETTINGS[dataset].eps[:1], SETTINGS[dataset].eps[1:]
     plan: list[tuple[str, Iterable[str], tuple[float, ...], Sequence[int]]]

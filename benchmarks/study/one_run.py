@@ -198,16 +198,10 @@ def after_epoch(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, f
     return {"clean_accuracy": accuracy(net, x, y), "pgd_accuracy": accuracy(net, x_adv, y)} | at
 
 
-def on_validation(
-    net: nn.Module, x: Tensor, y: Tensor, eps: float, source: nn.Module | None
-) -> dict[str, float | None]:
+def on_validation(net: nn.Module, x: Tensor, y: Tensor, eps: float, source: nn.Module | None) -> dict[str, Any]:
     """Return accuracies and signs of gradient masking, by the names of their columns.
 
-    "apgd_ce" is after APGD-CE alone, "apgd" after APGD-T too.
-
-    Args:
-        net: in eval mode, its parameters frozen.
-        source: network whose adversarial images are tried on `net` ("transfer"). None: not measured.
+    "apgd_ce" is after APGD-CE alone, "apgd" after APGD-T too. "transfer" is on the adversarial images of `source`.
     """
     inputs = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(net(inputs), y, reduction="sum"), inputs)
@@ -249,11 +243,8 @@ def apgd(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
 def do(run: Run, folder: Path, autoattack_images: int = 0) -> None:
     """Leave the record of a run (NAME.json) and its weights (NAME.pt) in the folder. A record that is there is kept.
 
-    The teacher and PGD-AT of the same seed must be there.
-
-    Args:
-        autoattack_images: 0 leaves the test images alone. Otherwise the record gets the accuracies on the test images
-            too, under AutoAttack on the first so many.
+    The teacher and PGD-AT of the same seed must be there. If `autoattack_images` is not 0, the record gets the
+    accuracies on the test images too, under AutoAttack on the first so many.
     """
     torch.set_num_threads(1)
     train_images, validation, test = images(run.dataset)

@@ -19,11 +19,6 @@ PAGES = ("docs/study.md", "benchmarks/results/study.md", "README.md")
 KEY = ["dataset", "arch", "method", "eps", "seed"]  # of a run
 
 
-def published(name: str) -> pd.DataFrame:
-    """Return a committed CSV: "runs" and "curves" are by version 0.1.0, "runs-0.2" by 0.2, and so on."""
-    return pd.read_csv(RESULTS / f"{name}.csv")
-
-
 def finished(folder: Path) -> dict[str, pd.DataFrame]:
     """Return all records of a folder, as "runs" and "curves".
 
@@ -54,7 +49,7 @@ def report() -> None:
     found, texts = blocks(), {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     texts = {page: with_blocks(text, found) for page, text in texts.items()}
     with matplotlib.rc_context(figures.STYLE):
-        drawn = figures.all_figures(published("runs"), published("curves"))
+        drawn = figures.all_figures(tables.published("runs"), tables.published("curves"))
         drawn["two_views"] = two_views.figure(two_views.read())
         for name, figure in drawn.items():  # the same bytes from the same data
             figure.savefig(RESULTS / f"{name}.png", dpi=120, metadata={"Software": None})
@@ -64,8 +59,7 @@ def report() -> None:
 
 def blocks() -> dict[str, str]:
     """Return the content of every block by its name."""
-    runs = (published(name) for name in ("runs", "runs-0.2", "runs-0.3", "replication"))
-    return tables.blocks(*runs) | two_views.blocks(two_views.read())
+    return tables.blocks() | two_views.blocks(two_views.read())
 
 
 def with_blocks(text: str, contents: dict[str, str]) -> str:

@@ -48,8 +48,9 @@ def paired(ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, *same: str) -
     pair = ["dataset", "split_seed", "arch", "eps", "seed", *same]
     if measure == "test_autoattack":  # accuracies on different images are no pair
         pair.append("test_autoattack_images")
-    ours, theirs = (runs.dropna(subset=[measure]).set_index(pair, verify_integrity=True) for runs in (ours, theirs))
-    return 100 * (ours[measure] - theirs[measure]).dropna()
+    ours, theirs = (runs[[*pair, measure]].dropna() for runs in (ours, theirs))
+    both = ours.merge(theirs, on=pair, validate="one_to_one")
+    return 100 * (both[f"{measure}_x"] - both[f"{measure}_y"])
 
 
 def interval(differences: pd.Series, comparisons: int = 1) -> tuple[float, float, float]:
@@ -115,8 +116,7 @@ def place(dataset: str, eps: float | None = None) -> str:
 
 def measured(name: str, runs: pd.DataFrame) -> str:
     """Name a measure and its images. AutoAttack has the first so many test images."""
-    images = [f"{count:g}" for count in sorted({*runs["test_autoattack_images"].dropna()})]
-    first = f"first {' or '.join(images)} " if images and name == "test_autoattack" else ""
+    first = f"first {runs['test_autoattack_images'].max():g} " if name == "test_autoattack" else ""
     return f"{NAMES[name.removeprefix('test_')]}, {first}{'test' if name.startswith('test_') else 'validation'}"
 
 
@@ -259,7 +259,9 @@ def readme_table(runs: pd.DataFrame) -> str:
     lines = []
     for method, group in by_method(pd.concat(found.values()), SHOWN).items():
         values = [group.loc[group["dataset"] == dataset, measure] for dataset, measure in columns]
-        lines.append([named(method, group), *(f"{percent(own)} (n = {len(own)})" if len(own) else "-" for own in values)])
+        lines.append(
+            [named(method, group), *(f"{percent(own)} (n = {len(own)})" if len(own) else "-" for own in values)]
+        )
     heads = [f"{place(dataset)}: {measured(measure, found[dataset])}" for dataset, measure in columns]
     return markdown.table(["method", *heads], lines)
 
@@ -308,12 +310,14 @@ def captioned(table: Callable[[pd.DataFrame, str, float], str], runs: pd.DataFra
     return "\n".join(f"{caption}:\n\n{text}" for caption, text in found.items() if text)
 
 
-def blocks(runs: pd.DataFrame, second: pd.DataFrame, third: pd.DataFrame, replication: pd.DataFrame) -> dict[str, str]:
-    """Return all tables by the name of their block.
+def published(name: str) -> pd.DataFrame:
+    """Return a committed CSV: "runs" and "curves" are by version 0.1.0, "runs-0.2" by 0.2, and so on."""
+    return pd.read_csv(grid.RESULTS / f"{name}.csv")
 
-    `runs` is the study, by version 0.1.0. `second` has the second round of claims and a repetition, by version 0.2, and
-    `third` a repetition by the training loop of version 0.3.
-    """
+
+def blocks() -> dict[str, str]:
+    """Return all tables of the published runs, by the name of their block."""
+    runs, second, third, replication = map(published, ("runs", "runs-0.2", "runs-0.3", "replication"))
     text = {
         "methods": methods_table(runs),
         "ablation": paper_table(runs, {name: name for name in grid.ABLATION}, "method", ABOUT),

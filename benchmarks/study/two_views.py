@@ -61,14 +61,11 @@ HYPOTHESES = {
     "`adaptive` is better with the teacher than with labels": ("adaptive", "adaptive-one-hot", "single_natural"),
     "PGD-AT is better with the teacher at tau 2 than with labels": ("teacher-tau2", "pgd-at", "single_natural"),
     "PGD-AT is better with the teacher at tau 5 than with labels": ("teacher-tau5", "pgd-at", "single_natural"),
-    "at tau 5 it is better than with the teacher's prediction of another image": (
-        "teacher-tau5",
-        "other-tau5",
-        "single_natural",
-    ),
+    "at tau 5 it is better than with the teacher's prediction of another image":
+        ("teacher-tau5", "other-tau5", "single_natural"),
     "at tau 5 it is less robust than with labels": ("pgd-at", "teacher-tau5", "single_robust"),
     "at tau 5 it repeats more of the teacher's errors than with labels": ("teacher-tau5", "pgd-at", "teachers_error"),
-}
+}  # fmt: skip
 DIFFERENCES = {
     "adaptive: teacher − labels": ("adaptive", "adaptive-one-hot"),
     "teacher, tau 2 − labels": ("teacher-tau2", "pgd-at"),
@@ -212,7 +209,9 @@ def blocks(found: pd.DataFrame) -> dict[str, str]:
         for name, both in DIFFERENCES.items()
     ]
     text["two-views-differences"] = markdown.table(["difference", *MEASURES.values()], lines) + level(count)
-    heads = {f"{view}_{kind}": f"{view}, {kind}" for view in ("multi", "left", "right") for kind in ("natural", "robust")}
+    heads = {
+        f"{view}_{kind}": f"{view}, {kind}" for view in ("multi", "left", "right") for kind in ("natural", "robust")
+    }
     heads |= {"learned": "learned", "teachers_error": MEASURES["teachers_error"]}
     lines = [
         [f"{mu:g}", method, *(percent(own[name].dropna()) for name in heads)]
