@@ -1,6 +1,6 @@
 """Test of the paper's mechanism: does adversarial training fail on single-view images, and does a teacher help there?
 
-    python -m benchmarks.study.two_views     train all networks, a quarter of an hour of one core, and write the CSV
+    python -m benchmarks.study.two_views     train all networks, eight minutes of one core, and write the CSV
 
 A multi-view image of class y has two glyphs, either of which tells y: a digit y on the left, a transposed MNIST digit
 (y + 3) % 10 on the right. A single-view image has one of them. Its other half shows a glyph of another class, faintly.
@@ -122,7 +122,7 @@ def train(name: str, seed: int, teacher: nn.Module | None, data: Images, epochs:
     guide = teacher(x) if teacher else None
     if teacher and method.warm:
         warm_start(net, teacher)
-    if name.startswith("other"):
+    if name.startswith("other"):  # shuffle the teacher's predictions within each class, none in its own place
         for each in y.unique():
             own = (y == each).nonzero()[:, 0]
             own = own[torch.randperm(len(own))]
@@ -132,7 +132,7 @@ def train(name: str, seed: int, teacher: nn.Module | None, data: Images, epochs:
 
 @torch.no_grad()
 def dense(net: nn.Module) -> nn.Module:
-    """Return the network in eval mode, its convolutions as matrices. A run takes two thirds of the time."""
+    """Return the network in eval mode with its convolutions as matrices. Attacks on it take less time."""
     layers, shape = [nn.Flatten()], (1, 8, 16)
     with eval_mode(net):
         for convolution in (net[0], net[2]):
@@ -155,7 +155,7 @@ def robust(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return share(right)
 
 
-def run(mu: float, seed: int, epochs: int = EPOCHS) -> list[dict[str, object]]:
+def run(mu: float, seed: int) -> list[dict[str, object]]:
     """Train the teacher and all methods on the images of a seed, and return one row of the CSV per method."""
     pool, held_out = glyphs()
     kinds, y = views(pool, TRAINING, seed)
@@ -166,7 +166,7 @@ def run(mu: float, seed: int, epochs: int = EPOCHS) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, method in METHODS.items():
         began = time.perf_counter()
-        net = train(name, seed, teacher, (x, y), epochs)
+        net = train(name, seed, teacher, (x, y))
         if teacher is None:
             teacher = net
             # The teacher's own adversarial images that fool it, and what it takes them for.
@@ -174,7 +174,7 @@ def run(mu: float, seed: int, epochs: int = EPOCHS) -> list[dict[str, object]]:
             fooling = attacked(dense(teacher), every, wanted, EPS, 20)
             taken_for = teacher(fooling).argmax(1)
             fooling, taken_for = fooling[taken_for != wanted], taken_for[taken_for != wanted]
-        row: dict[str, object] = {"mu": mu, "seed": seed, "method": name, "epochs": epochs * method.longer}
+        row: dict[str, object] = {"mu": mu, "seed": seed, "method": name, "epochs": EPOCHS * method.longer}
         for kind, images in tests.items():
             row |= {f"{kind}_natural": accuracy(net, images, labels), f"{kind}_robust": robust(net, images, labels)}
         row["learned"] = accuracy(net, x[: 2 * half], y[: 2 * half]) if half else None

@@ -114,18 +114,16 @@ def test_detach_stops_the_gradient_through_the_clean_prediction(batch: tuple[Ten
     torch.testing.assert_close(torch.autograd.grad(loss("trades-recipe", batch), clean)[0], own)
 
 
-@pytest.mark.parametrize(
-    ("method", "batches"),
-    [("pgd-at", [7]), ("pgd-at-weighted", [7]), ("adaptive", [14]), ("adaptive-two-forwards", [7, 7]),
-     ("pgd-at-weighted-shared", [14]), ("trades", [14]), ("adaptive-cold-clean-label", [14])],
-)  # fmt: skip
-def test_batchnorm_sees_the_images_that_the_method_names(
-    batch: tuple[Tensor, ...], method: str, batches: list[int]
-) -> None:
+def test_batchnorm_sees_the_images_that_the_method_names(batch: tuple[Tensor, ...]) -> None:
     net, seen = nn.Identity(), []
     net.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    loss(method, batch, net)
-    assert seen == batches
+    for method, batches in {
+        "pgd-at": [7], "pgd-at-weighted": [7], "adaptive": [14], "adaptive-two-forwards": [7, 7],
+        "pgd-at-weighted-shared": [14], "trades": [14], "adaptive-cold-clean-label": [14],
+    }.items():  # fmt: skip
+        seen.clear()
+        loss(method, batch, net)
+        assert seen == batches, method
 
 
 # Training.
@@ -157,19 +155,13 @@ def test_a_method_trains_with_its_attack_and_its_ramp(
     method: str, attack: tuple[int, str, bool], betas: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attacks, seen, loss_of = [], [], one_run.loss_of
-
-    def pgd(net: nn.Module, x: Tensor, y: Tensor, *, eps: float, step: float, steps: int, loss: str, start: Any) -> Any:
-        assert (eps, step) == (0.2, 0.05)
-        attacks.append((steps, loss, start is not None))
-        return x
-
-    monkeypatch.setattr(one_run, "pgd", pgd)
+    monkeypatch.setattr(one_run, "pgd", lambda net, x, y, **how: attacks.append(how) or x)
     monkeypatch.setattr(one_run, "loss_of", lambda *args: seen.append(args[-1]) or loss_of(*args))
     (x, y), _, _ = one_run.images("digits")
-    one_run.train(
-        METHODS[method], one_run.network("digits", "digits"), torch.zeros(192, 10), (x[:192], y[:192]), 0.2, 1
-    )
-    assert attacks == [attack] * 3
+    net, guide = one_run.network("digits", "digits"), torch.zeros(192, 10)
+    one_run.train(METHODS[method], net, guide, (x[:192], y[:192]), 0.2, 1)
+    assert [(how["steps"], how["loss"], how["start"] is not None) for how in attacks] == [attack] * 3
+    assert {(how["eps"], how["step"]) for how in attacks} == {(0.2, 0.05)}
     assert seen == pytest.approx(betas)
 
 

@@ -15,7 +15,7 @@ for package in ("matplotlib", "mlxtend", "pandas", "pyautoattack", "scipy", "skl
 import pandas as pd
 
 from benchmarks.study import figures, grid, records, tables, two_views
-from benchmarks.study.claims import SECOND, Claim
+from benchmarks.study.claims import Claim
 
 Rows = list[dict[str, Any]]
 with_data = pytest.mark.skipif(
@@ -50,11 +50,10 @@ def test_an_interval_by_hand() -> None:
         assert tables.difference(differences, comparisons).startswith("**") is bold
 
 
-@pytest.mark.parametrize("differences", [[2.0], [2.0, 2.0], [100 * (0.976667 - 0.973333), 100 * (0.98 - 0.976667)]])
-def test_there_is_no_interval_without_spread(differences: list[float]) -> None:
+def test_there_is_no_interval_without_spread() -> None:
     """One seed has no spread. The last differences are one image of 300 each, as a CSV rounds accuracies."""
-    assert math.isnan(tables.interval(pd.Series(differences))[1])
-    assert "[" not in tables.difference(pd.Series(differences))
+    for differences in ([2.0], [2.0, 2.0], [100 * (0.976667 - 0.973333), 100 * (0.98 - 0.976667)]):
+        assert "[" not in tables.difference(pd.Series(differences))
 
 
 def test_pairs_share_all_but_the_method() -> None:
@@ -197,16 +196,6 @@ def test_the_committed_pages_are_what_the_committed_csvs_say() -> None:
         assert records.with_blocks(text, blocks) == text, f"{page}: make study ARGS=--report"
     for name in blocks:
         assert any(f"<!-- begin: {name} -->" in text for text in texts.values()), f"no page has a place for {name}"
-
-
-@with_data
-def test_the_first_study_is_that_of_0_1_0_and_the_second_round_has_fresh_seeds() -> None:
-    first, replication = tables.published("runs"), tables.published("replication")
-    assert {*first["cktat_loss"]} == {"0.1.0"}
-    assert (len(first), len(replication)) == (503, 143)
-    for claim in SECOND:
-        assert {*first["seed"], *replication["seed"]}.isdisjoint(claim.seeds)
-    assert {*first["method"]} <= {*grid.METHODS}
 
 
 @pytest.mark.parametrize("text", ["<!-- begin: a -->", "<!-- end: a -->", "<!-- end: a --><!-- begin: a -->"])
