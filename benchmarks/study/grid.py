@@ -74,12 +74,11 @@ def _read() -> dict[str, Method]:
     return {name: Method(**rows[name], **{k: ast.literal_eval(v) for k, v in given[name].items()}) for name in rows}
 
 
-def _group(group: str) -> tuple[str, ...]:
-    return tuple(name for name, method in METHODS.items() if method.group == group)
-
-
 METHODS = _read()
-MAIN, CONTROLS, SEARCH, PARTS = map(_group, ("main", "control", "search", "part"))
+MAIN, CONTROLS, SEARCH, PARTS = (
+    tuple(name for name, method in METHODS.items() if method.group == group)
+    for group in ("main", "control", "search", "part")
+)
 SHOWN = (*MAIN, *CONTROLS)  # in the main tables
 ABLATION = ("ramp", *PARTS, "ramp-beta0")
 TAU_SWEEP = {"ramp" if tau == 5 else f"ramp-tau{tau}": tau for tau in range(1, 7)}
