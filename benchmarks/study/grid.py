@@ -74,12 +74,11 @@ def _read() -> dict[str, Method]:
     return {name: Method(**rows[name], **{k: ast.literal_eval(v) for k, v in given[name].items()}) for name in rows}
 
 
-def _group(group: str) -> tuple[str, ...]:
-    return tuple(name for name, method in METHODS.items() if method.group == group)
-
-
 METHODS = _read()
-MAIN, CONTROLS, SEARCH, PARTS = map(_group, ("main", "control", "search", "part"))
+MAIN, CONTROLS, SEARCH, PARTS = (
+    tuple(name for name, method in METHODS.items() if method.group == group)
+    for group in ("main", "control", "search", "part")
+)
 SHOWN = (*MAIN, *CONTROLS)  # in the main tables
 ABLATION = ("ramp", *PARTS, "ramp-beta0")
 TAU_SWEEP = {"ramp" if tau == 5 else f"ramp-tau{tau}": tau for tau in range(1, 7)}
@@ -106,12 +105,9 @@ class Run:
 
 
 def grid(dataset: str, seeds: Sequence[int], *, full: bool = False, methods: Iterable[str] = ()) -> list[Run]:
-    """Return the runs of a data set, each once.
+    """Return the runs of a data set, each once: the main table, all tables if `full`, or `methods` and NEEDED.
 
-    Args:
-        seeds: one run of each kind per seed. The search takes the first two.
-        full: all tables, not only the main one.
-        methods: run these and NEEDED instead, at the first radius. Empty: run the tables.
+    Each kind has a run per seed. The search takes the first two seeds.
     """
     first, rest = SETTINGS[dataset].eps[:1], SETTINGS[dataset].eps[1:]
     plan: list[tuple[str, Iterable[str], tuple[float, ...], Sequence[int]]]

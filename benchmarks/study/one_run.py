@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,9 +72,13 @@ def network(dataset: str, arch: str) -> nn.Module:
 
 
 def loss_of(
-    method: Method, net: nn.Module, teacher: nn.Module | None, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
+    method: Method, net: nn.Module, guide: Tensor | None, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean loss of a batch, and the mean guidance and consistency if the method has them."""
+    """Return the mean loss of a batch, and the mean guidance and consistency if the method has them.
+
+    Args:
+        guide: the teacher's logits (N, 10). None: the method has no teacher.
+    """
     if method.loss in ("clean", "pgd-at"):
         return F.cross_entropy(net(x if method.loss == "clean" else x_adv), y), {}
     if not method.clean_forward:
@@ -87,9 +92,8 @@ def loss_of(
         consistency = F.kl_div(adv.log_softmax(1), target, log_target=True, reduction="batchmean")
         return F.cross_entropy(clean, y) + beta * consistency, {"consistency": consistency}
 
-    with torch.no_grad():
-        # One-hot logits are so far apart that the softmax at any tau gives the other classes probability zero.
-        target = 1e6 * F.one_hot(y, 10).float() if method.one_hot else teacher(x)
+    # One-hot logits are so far apart that the softmax at any tau gives the other classes probability zero.
+    target = 1e6 * F.one_hot(y, 10).float() if method.one_hot else guide
     guidance, consistency = cktat_terms(clean, adv, target, method.tau, detach_clean=method.detach)
     weights = adaptive_beta(adv, y, beta) if method.adaptive else torch.full_like(guidance, beta)
     if method.of_batch:
@@ -114,25 +118,30 @@ def learning_rate(progress: float, peak: float, steps: int) -> float:
     return peak * min(1.0, (progress + 1 / steps) / WARMUP) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def epochs_of(run: Run) -> int:
-    """Return the number of epochs."""
-    method, setting = METHODS[run.method], SETTINGS[run.dataset]
-    return setting.teacher_epochs if method.loss == "clean" else setting.epochs * method.longer
-
-
 def train(
-    run: Run, teacher: nn.Module | None, train: Images, validation: Images
+    method: Method,
+    net: nn.Module,
+    guide: Tensor | None,
+    data: Images,
+    eps: float,
+    epochs: int,
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    attackable: Callable[[nn.Module], nn.Module] = lambda net: net,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Return the network after its last epoch, in eval mode and frozen, and one row of "curves" per epoch."""
-    method, epochs = METHODS[run.method], epochs_of(run)
-    torch.manual_seed(run.seed)
-    net = network(run.dataset, run.arch)
-    if teacher is not None and method.warm:
-        warm_start(net, teacher)
+    """Train a network by a method.
+
+    Args:
+        guide: the teacher's logits (N, 10) for all images. None: the method has no teacher.
+        measure: called after each epoch, with the network in eval mode. It must not draw random numbers.
+        attackable: returns the network that the attack sees in place of `net`, with the same outputs.
+
+    Returns:
+        The network after its last epoch, in eval mode and frozen, and one row of "curves" per epoch that was measured.
+    """
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(method.ema), use_buffers=True) if method.ema else None
     result = ema.module if ema else net
     sgd = torch.optim.SGD(net.parameters(), method.lr, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
-    (pixels, labels), rows, steps = train, [], len(train[0]) // BATCH
+    (pixels, labels), rows, steps = data, [], len(data[0]) // BATCH
     for epoch in range(epochs):
         net.train()
         sums: dict[str, float] = {}
@@ -144,41 +153,35 @@ def train(
             if method.loss != "clean":
                 # TRADES starts next to x, as its authors do. The gradient of its KL at x is zero.
                 near = x + 0.001 * torch.randn_like(x) if (method.loss, method.attack) == ("trades", "kl") else None
-                x_adv = attacked(net, x, y, run.eps, method.steps, method.attack, near)
-            loss, terms = loss_of(method, net, teacher, x, x_adv, y, beta)
+                ball = {"eps": eps, "step": eps / 4, "steps": method.steps}
+                x_adv = pgd(attackable(net), x, y, **ball, loss=method.attack, start=near)
+            loss, terms = loss_of(method, net, None if guide is None else guide[chosen], x, x_adv, y, beta)
             sgd.zero_grad()
             loss.backward()
             sgd.step()
             if ema:
                 ema.update_parameters(net)
             sums = {name: sums.get(name, 0.0) + term.item() / steps for name, term in terms.items()}
-        if method.loss != "clean":
-            rows.append({"epoch": epoch + 1, **sums, **_by_epoch(result, *validation, run.eps)})
+        if measure:
+            rows.append({"epoch": epoch + 1, **sums, **measure(result.eval())})
     return result.eval().requires_grad_(False), rows
 
 
-@torch.no_grad()
-def _by_epoch(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
-    """Return clean and PGD-10 accuracy, and percentiles of softmax(S(x'))[y]. The random state stays as it was."""
-    net.eval()
-    with torch.random.fork_rng(devices=[]):
+def attacked(net: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, loss: Loss | str = "ce") -> Tensor:
+    """Return PGD's images after steps of eps/4, from the same random start for every network."""
+    with torch.random.fork_rng(devices=[]):  # training goes on as if nothing had been measured
         torch.manual_seed(0)
-        logits = net(attacked(net, x, y, eps, 10))
-    probability = logits.softmax(1).gather(1, y[:, None])
-    at = {f"label_probability_p{p:02}": probability.quantile(p / 100).item() for p in PERCENTILES}
-    return {"clean_accuracy": share(net(x).argmax(1) == y), "pgd_accuracy": share(logits.argmax(1) == y)} | at
+        return pgd(net, x, y, eps=eps, step=eps / 4, steps=steps, loss=loss)
 
 
-def attacked(
-    net: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, loss: Loss | str = "ce", start: Tensor | None = None
-) -> Tensor:
-    """Return PGD's images within eps (Linf) of the images x (N, 1, H, W) in [0, 1], after steps of eps/4.
+def share(hits: Tensor) -> float:
+    """Return the share of True."""
+    return hits.double().mean().item()
 
-    Args:
-        loss: maximised by the attack: "ce", TRADES' "kl", or a function.
-        start: images to start from. None: random points of the ball.
-    """
-    return pgd(net, x, y, eps=eps, step=eps / 4, steps=steps, loss=loss, start=start)
+
+def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the share of the images that a network is right about."""
+    return share(net(x).argmax(1) == y)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -186,27 +189,30 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
 
-def on_validation(
-    net: nn.Module, x: Tensor, y: Tensor, eps: float, source: nn.Module | None
-) -> dict[str, float | None]:
+@torch.no_grad()
+def after_epoch(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
+    """Return clean and PGD-10 accuracy, and percentiles of softmax(S(x'))[y]."""
+    x_adv = attacked(net, x, y, eps, 10)
+    probability = net(x_adv).softmax(1).gather(1, y[:, None])
+    at = {f"label_probability_p{p:02}": probability.quantile(p / 100).item() for p in PERCENTILES}
+    return {"clean_accuracy": accuracy(net, x, y), "pgd_accuracy": accuracy(net, x_adv, y)} | at
+
+
+def on_validation(net: nn.Module, x: Tensor, y: Tensor, eps: float, source: nn.Module | None) -> dict[str, Any]:
     """Return accuracies and signs of gradient masking, by the names of their columns.
 
-    "apgd_ce" is after APGD-CE alone, "apgd" after APGD-T too.
-
-    Args:
-        net: in eval mode, its parameters frozen.
-        source: network whose adversarial images are tried on `net` ("transfer"). None: not measured.
+    "apgd_ce" is after APGD-CE alone, "apgd" after APGD-T too. "transfer" is on the adversarial images of `source`.
     """
     inputs = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(net(inputs), y, reduction="sum"), inputs)
     by_apgd = apgd(net, x, y, eps)
     return {
-        "natural": share(net(x).argmax(1) == y),
-        "pgd20": _under_pgd(net, x, y, eps, 20),
-        "cw30": _under_pgd(net, x, y, eps, 30, margin),
+        "natural": accuracy(net, x, y),
+        "pgd20": accuracy(net, attacked(net, x, y, eps, 20), y),
+        "cw30": accuracy(net, attacked(net, x, y, eps, 30, margin), y),
         "apgd": share(by_apgd["apgd"]),
         "apgd_ce": share(by_apgd["apgd_ce"]),
-        "transfer": _under_pgd(net, x, y, eps, 20, source=source) if source else None,
+        "transfer": accuracy(net, attacked(source, x, y, eps, 20), y) if source else None,
         "zero_gradients": share((gradient.flatten(1) == 0).all(1)),
     }
 
@@ -216,8 +222,8 @@ def on_test(net: nn.Module, x: Tensor, y: Tensor, eps: float, autoattack_images:
     some, labels = x[:autoattack_images], y[:autoattack_images]
     auto = AutoAttack(net, norm="Linf", eps=eps, seed=0, device="cpu")
     _, predicted = auto.run_standard_evaluation(some, labels)
-    by_pgd, by_apgd = _under_pgd(net, x, y, eps, 20), share(apgd(net, x, y, eps)["apgd"])
-    values = share(net(x).argmax(1) == y), by_pgd, by_apgd, share(predicted == labels), len(some)
+    by_pgd, by_apgd = accuracy(net, attacked(net, x, y, eps, 20), y), share(apgd(net, x, y, eps)["apgd"])
+    values = accuracy(net, x, y), by_pgd, by_apgd, share(predicted == labels), len(some)
     return dict(zip(TESTS, values, strict=True))
 
 
@@ -234,50 +240,38 @@ def apgd(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
     return found
 
 
-def share(hits: Tensor) -> float:
-    """Return the share of True."""
-    return hits.double().mean().item()
-
-
-def _under_pgd(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    steps: int,
-    loss: Loss | str = "ce",
-    source: nn.Module | None = None,
-) -> float:
-    torch.manual_seed(0)  # the same random start for every network
-    return share(net(attacked(source or net, x, y, eps, steps, loss)).argmax(1) == y)
-
-
 def do(run: Run, folder: Path, autoattack_images: int = 0) -> None:
     """Leave the record of a run (NAME.json) and its weights (NAME.pt) in the folder. A record that is there is kept.
 
-    The teacher and PGD-AT of the same seed must be there.
-
-    Args:
-        autoattack_images: 0 leaves the test images alone. Otherwise the record gets the accuracies on the test images
-            too, under AutoAttack on the first so many.
+    The teacher and PGD-AT of the same seed must be there. If `autoattack_images` is not 0, the record gets the
+    accuracies on the test images too, under AutoAttack on the first so many.
     """
     torch.set_num_threads(1)
     train_images, validation, test = images(run.dataset)
     path, began = folder / f"{run.name}.json", time.perf_counter()
     if not path.exists():
+        method, setting = METHODS[run.method], SETTINGS[run.dataset]
         teacher = None if run.method == "clean" else trained(replace(run, method="clean"), folder)
-        net, epochs = train(run, teacher, train_images, validation)
+        torch.manual_seed(run.seed)
+        net = network(run.dataset, run.arch)
+        guide, measure, epochs = None, None, setting.teacher_epochs
+        if teacher:
+            guide, epochs = teacher(train_images[0]), setting.epochs * method.longer
+            measure = partial(after_epoch, x=validation[0], y=validation[1], eps=run.eps)
+            if method.warm:
+                warm_start(net, teacher)
+        net, curves = train(method, net, guide, train_images, run.eps, epochs, measure)
         torch.save(net.state_dict(), folder / f"{run.name}.pt")
         seconds = time.perf_counter() - began
         source = trained(replace(run, method="pgd-at"), folder) if run.method not in NEEDED else None
         record = {
-            **asdict(run), "options": METHODS[run.method].settings, "split_seed": SPLIT_SEED,
-            "epochs": epochs_of(run), **on_validation(net, *validation, run.eps, source),
+            **asdict(run), "options": method.settings, "split_seed": SPLIT_SEED,
+            "epochs": epochs, **on_validation(net, *validation, run.eps, source),
             **dict.fromkeys(TESTS), "train_seconds": seconds,
             "measure_seconds": time.perf_counter() - began - seconds, "device": "cpu", "torch": torch.__version__,
             "python": platform.python_version(), "cktat_loss": __version__, "date": date.today().isoformat(),
         }  # fmt: skip
-        _write(path, {"run": record, "epochs": epochs})
+        _write(path, {"run": record, "epochs": curves})
     if autoattack_images:
         saved = json.loads(path.read_text())
         saved["run"] |= on_test(trained(run, folder), *test, run.eps, autoattack_images)

@@ -4,7 +4,6 @@
 means that it was not measured.
 """
 
-import io
 import json
 from pathlib import Path
 
@@ -17,18 +16,11 @@ from benchmarks.study.grid import METHODS, RESULTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/study.md", "benchmarks/results/study.md", "README.md")
-KEYS = {
-    name: ["dataset", "arch", "method", "eps", "seed", *more] for name, more in (("runs", ()), ("curves", ["epoch"]))
-}
-
-
-def published(name: str) -> pd.DataFrame:
-    """Return a committed CSV: "runs" and "curves" are by version 0.1.0, "runs-0.2" by 0.2, and so on."""
-    return pd.read_csv(RESULTS / f"{name}.csv")
+KEY = ["dataset", "arch", "method", "eps", "seed"]  # of a run
 
 
 def finished(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return all records of a folder.
+    """Return all records of a folder, as "runs" and "curves".
 
     Raises:
         ValueError: a record was made with other settings than its method has now.
@@ -40,39 +32,34 @@ def finished(folder: Path) -> dict[str, pd.DataFrame]:
         if run["options"] != (wanted := METHODS[run["method"]].settings):
             raise ValueError(f"{path} was made with the settings {run['options']!r}, not {wanted!r}: use another --out")
         runs.append(run)
-        epochs += [{**{name: run[name] for name in KEYS["runs"]}, **row} for row in record["epochs"]]
+        epochs += [{**{name: run[name] for name in KEY}, **row} for row in record["epochs"]]
     return {"runs": pd.DataFrame(runs), "curves": pd.DataFrame(epochs)}
 
 
-def write(tables: dict[str, pd.DataFrame], folder: Path) -> None:
-    """Write the tables that have rows as CSVs, sorted, floats with six digits."""
-    for name, table in tables.items():
+def write(folder: Path) -> None:
+    """Write the CSVs of a folder's records, sorted, floats with six digits."""
+    for name, table in finished(folder).items():
         if len(table):
-            how = {"index": False, "float_format": "%.6g", "lineterminator": "\n"}
-            table.sort_values(KEYS[name]).to_csv(folder / f"{name}.csv", **how)
+            ordered = table.sort_values([*KEY, "epoch"] if name == "curves" else KEY)
+            ordered.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
 
 
-def report(root: Path = ROOT) -> None:
-    """Draw all figures, and rewrite the blocks of every page. An error leaves all files as they were."""
-    contents: dict[Path, bytes] = {}
-    drawn = figures.all_figures(published("runs"), published("curves"))
+def report() -> None:
+    """Rewrite the blocks of every page, and draw all figures. A block that is wrong leaves all files as they were."""
+    found, texts = blocks(), {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    texts = {page: with_blocks(text, found) for page, text in texts.items()}
     with matplotlib.rc_context(figures.STYLE):
+        drawn = figures.all_figures(tables.published("runs"), tables.published("curves"))
         drawn["two_views"] = two_views.figure(two_views.read())
-    for name, figure in drawn.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})  # the same bytes from the same data
-        contents[root / "docs" / "study" / f"{name}.png"] = picture.getvalue()
-    found = blocks()
-    for page in PAGES:
-        contents[root / page] = with_blocks((root / page).read_text(encoding="utf-8"), found).encode()
-    for path, content in contents.items():
-        path.write_bytes(content)
+        for name, figure in drawn.items():  # the same bytes from the same data
+            figure.savefig(RESULTS / f"{name}.png", dpi=120, metadata={"Software": None})
+    for page, text in texts.items():
+        (ROOT / page).write_text(text, encoding="utf-8")
 
 
 def blocks() -> dict[str, str]:
     """Return the content of every block by its name."""
-    runs = (published(name) for name in ("runs", "runs-0.2", "runs-0.3", "replication"))
-    return tables.blocks(*runs) | two_views.blocks(two_views.read())
+    return tables.blocks() | two_views.blocks(two_views.read())
 
 
 def with_blocks(text: str, contents: dict[str, str]) -> str:

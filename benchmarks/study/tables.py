@@ -43,27 +43,21 @@ def by_method(runs: pd.DataFrame, methods: Iterable[str]) -> dict[str, pd.DataFr
 def paired(ours: pd.DataFrame, theirs: pd.DataFrame, measure: str, *same: str) -> pd.Series:
     """Return the differences in points of the runs that agree in data, split, network, radius, seed and `same`.
 
-    Raises:
-        ValueError: a run is there twice.
+    A run that is there twice is a ValueError.
     """
     pair = ["dataset", "split_seed", "arch", "eps", "seed", *same]
     if measure == "test_autoattack":  # accuracies on different images are no pair
         pair.append("test_autoattack_images")
-    ours, theirs = (runs.dropna(subset=[measure]) for runs in (ours, theirs))
-    for runs in (ours, theirs):
-        if len(twice := runs[runs.duplicated(pair)]):
-            raise ValueError(f"each run must be there once, got two of {twice.iloc[0][['method', *pair]].to_dict()}")
-    return 100 * (ours.set_index(pair)[measure] - theirs.set_index(pair)[measure]).dropna()
+    ours, theirs = (runs[[*pair, measure]].dropna() for runs in (ours, theirs))
+    both = ours.merge(theirs, on=pair, validate="one_to_one")
+    return 100 * (both[f"{measure}_x"] - both[f"{measure}_y"])
 
 
 def interval(differences: pd.Series, comparisons: int = 1) -> tuple[float, float, float]:
-    """Return the mean and the ends of its 95 % interval, by Student's t.
+    """Return the mean and the ends of its 95 % interval, by Student's t and Bonferroni for so many comparisons.
 
     There is no interval (NaN) for one pair, or if all differences are equal: then the images are too few to tell the
     seeds apart, and an interval of no width would claim a certainty.
-
-    Args:
-        comparisons: the number of intervals in the table, for Bonferroni's correction.
     """
     if len(differences) < 2 or differences.std() < 1e-3:  # points; a CSV has six digits
         return differences.mean(), nan, nan
@@ -75,12 +69,10 @@ def interval(differences: pd.Series, comparisons: int = 1) -> tuple[float, float
 
 
 def percent(shares: pd.Series) -> str:
-    """Format a mean and its spread. A count follows if some values are missing."""
+    """Format the mean and the spread of the values that are not missing."""
     known = shares.dropna()
-    if known.empty:
-        return "-"
     spread = f" ± {100 * known.std():.1f}" if len(known) > 1 else ""
-    return f"{100 * fmean(known):.1f}{spread}" + ("" if len(known) == len(shares) else f" (n = {len(known)})")
+    return f"{100 * fmean(known):.1f}{spread}" if len(known) else "-"
 
 
 def signed(value: float) -> str:
@@ -94,6 +86,15 @@ def difference(differences: pd.Series, comparisons: int = 1) -> str:
     mean, low, high = interval(differences, comparisons)
     text = signed(mean) if isnan(low) else f"{signed(mean)} [{signed(low)}, {signed(high)}]"
     return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def verdict(differences: pd.Series, comparisons: int, wanted: int) -> list[object]:
+    """Return the cells "difference", "holds" and "pairs" of a claim. It is judged once all wanted pairs are there."""
+    if len(differences) < wanted:
+        return ["-", "-", f"{len(differences)} of {wanted}"]
+    _, low, high = interval(differences, comparisons)
+    holds = "yes" if low > 0 else "no" if high < 0 else "not shown"
+    return [difference(differences, comparisons), holds, len(differences)]
 
 
 def level(comparisons: int) -> str:
@@ -115,15 +116,8 @@ def place(dataset: str, eps: float | None = None) -> str:
 
 def measured(name: str, runs: pd.DataFrame) -> str:
     """Name a measure and its images. AutoAttack has the first so many test images."""
-    images = [f"{count:g}" for count in sorted({*runs["test_autoattack_images"].dropna()})]
-    first = f"first {' or '.join(images)} " if images and name == "test_autoattack" else ""
+    first = f"first {runs['test_autoattack_images'].max():g} " if name == "test_autoattack" else ""
     return f"{NAMES[name.removeprefix('test_')]}, {first}{'test' if name.startswith('test_') else 'validation'}"
-
-
-def counts(groups: Iterable[pd.DataFrame]) -> str:
-    """Return the number of runs of each group, or one number if all are equal."""
-    numbers = [str(len(runs)) for runs in groups]
-    return numbers[0] if len({*numbers}) == 1 else " / ".join(numbers)
 
 
 def accuracy(measure: str, head: str = "") -> Column:
@@ -139,7 +133,8 @@ def gap(measure: str) -> Column:
 ABOUT: Column = ("what it is", lambda method, _: METHODS[method].about)
 SEEDS: Column = ("seeds", lambda _, runs: len(runs))
 ZERO: Column = ("zero gradients, %", lambda _, runs: f"{100 * runs['zero_gradients'].mean():.1f}")
-ACCURACIES = accuracy("natural"), accuracy("pgd20"), accuracy("apgd")
+NATURAL, APGD = accuracy("natural"), accuracy("apgd")
+ACCURACIES = NATURAL, accuracy("pgd20"), APGD
 
 # Tables.
 
@@ -166,14 +161,10 @@ def main_table(runs: pd.DataFrame, dataset: str, eps: float, more: Sequence[str]
 def page_table(runs: pd.DataFrame, dataset: str) -> str:
     """Return the table of docs/study.md: accuracies, and the lead over PGD-AT as in `difference_table`."""
     groups = by_method(select(runs, dataset), SHOWN)
+    leads = {method: paired(own, groups["pgd-at"], "apgd", "epochs") for method, own in groups.items()}
     shown = 2 * (len(groups) - len(grid.NEEDED))
-
-    def lead(method: str, runs: pd.DataFrame) -> str:
-        pairs = paired(runs, groups["pgd-at"], "apgd", "epochs")
-        return "-" if method in grid.NEEDED else difference(pairs, shown)
-
-    columns: list[Column] = [ABOUT, ACCURACIES[0], ACCURACIES[2], ("APGD − pgd-at", lead), SEEDS]
-    return listing(groups, columns) + level(shown)
+    lead = lambda method, _: "-" if method in grid.NEEDED else difference(leads[method], shown)  # noqa: E731
+    return listing(groups, [ABOUT, NATURAL, APGD, ("APGD − pgd-at", lead), SEEDS]) + level(shown)
 
 
 def difference_table(runs: pd.DataFrame, dataset: str, eps: float, against: str = "pgd-at") -> str:
@@ -207,17 +198,17 @@ def compared(groups: Groups, others: Groups, head: str = "method", less: str = "
 def search_table(runs: pd.DataFrame, dataset: str) -> str:
     """Return the search for a recipe: each method less the one that it changes. Its seeds are too few for intervals."""
     groups = by_method(select(runs, dataset), METHODS)
+    changed = {name: max((shown for shown in SHOWN if name.startswith(shown)), key=len) for name in grid.SEARCH}
 
-    def changed(method: str) -> str:
-        return max((name for name in SHOWN if method.startswith(name)), key=len)
+    def change(measure: str) -> Column:
+        def cell(method: str, own: pd.DataFrame) -> str:
+            return signed(paired(own, groups.get(changed[method], own[:0]), measure).mean())
 
-    def change(method: str, runs: pd.DataFrame, measure: str) -> str:
-        return signed(paired(runs, groups.get(changed(method), runs[:0]), measure).mean())
+        return NAMES[measure], cell
 
-    changes: list[Column] = [(NAMES[measure], partial(change, measure=measure)) for measure in ("natural", "apgd")]
-    less: Column = ("less", lambda method, _: changed(method))
-    columns = [ABOUT, ACCURACIES[0], ACCURACIES[2], less, *changes, gap("pgd20"), SEEDS]
-    return listing({name: group for name, group in groups.items() if name in grid.SEARCH}, columns)
+    less: Column = ("less", lambda method, _: changed[method])
+    columns = [ABOUT, NATURAL, APGD, less, change("natural"), change("apgd"), gap("pgd20"), SEEDS]
+    return listing({name: group for name, group in groups.items() if name in changed}, columns)
 
 
 def paper_table(runs: pd.DataFrame, labels: Mapping[str, object], head: str, *more: Column) -> str:
@@ -232,8 +223,10 @@ def capacity_table(runs: pd.DataFrame, dataset: str, eps: float) -> str:
     for method, group in by_method(runs, (*grid.CAPACITY, *grid.LARGER)).items():
         found = [select(group, dataset, eps, arch) for arch in grid.WIDTHS]
         cells = [f"{percent(own['natural'])} / {percent(own['apgd'])}" if len(own) else "-" for own in found]
-        if sum(len(own) > 0 for own in found) > 1:
-            lines.append([method, *map(named, cells, found), counts(found)])
+        counts = [str(len(own)) for own in found]
+        if len(found) - counts.count("0") > 1:
+            seeds = counts[0] if len({*counts}) == 1 else " / ".join(counts)
+            lines.append([method, *map(named, cells, found), seeds])
     widths = [f"width {arch.partition('-')[2] or 16}: natural / APGD" for arch in grid.WIDTHS]
     return markdown.table(["method", *widths, "seeds"], lines)
 
@@ -246,22 +239,15 @@ def test_table(runs: pd.DataFrame, dataset: str, eps: float) -> str:
 
 
 def claims_table(runs: pd.DataFrame, claims: Sequence[Claim], comparisons: int) -> str:
-    """Return the claims and their outcome. A claim is judged once all of its seeds are there, and by no others.
-
-    Args:
-        comparisons: number of claims that the intervals are corrected for, earlier rounds included.
-    """
+    """Return the claims and their outcome, corrected for so many claims: those of earlier rounds count too."""
     lines = []
     for claim in claims:
         found = select(runs, claim.dataset, claim.eps)
-        found = found[found["seed"].isin(claim.seeds) & found["method"].isin([claim.better, claim.worse])]
-        pairs = paired(*(found[found["method"] == method] for method in (claim.better, claim.worse)), claim.measure)
-        _, low, high = interval(pairs, comparisons)
-        cells = [difference(pairs, comparisons), "yes" if low > 0 else "no" if high < 0 else "not shown", len(pairs)]
-        if len(pairs) < len(claim.seeds):
-            cells = ["-", "-", f"{len(pairs)} of {len(claim.seeds)}"]
-        where = place(claim.dataset, claim.eps), f"{claim.better} > {claim.worse}", measured(claim.measure, found)
-        lines.append([*where, *cells])
+        found = found[found["seed"].isin(claim.seeds)]
+        sides = [found[found["method"] == method] for method in (claim.better, claim.worse)]
+        where = place(claim.dataset, claim.eps), f"{claim.better} > {claim.worse}"
+        of, pairs = measured(claim.measure, pd.concat(sides)), paired(*sides, claim.measure)
+        lines.append([*where, of, *verdict(pairs, comparisons, len(claim.seeds))])
     return markdown.table(["where", "claim", "of", "difference", "holds", "pairs"], lines) + level(comparisons)
 
 
@@ -269,16 +255,15 @@ def readme_table(runs: pd.DataFrame) -> str:
     """Return the README's table: natural and robust accuracy on test images, with the number of seeds in the cell."""
     found = {dataset: select(runs, dataset).dropna(subset=["test_natural"]) for dataset in SETTINGS}
     robust = {claim.dataset: claim.measure for claim in FIRST}
-    columns: list[Column] = []
-    for dataset, own in found.items():
-        for measure in ("test_natural", robust[dataset]):
-
-            def cell(_: str, runs: pd.DataFrame, dataset: str = dataset, measure: str = measure) -> str:
-                values = runs.loc[runs["dataset"] == dataset, measure]
-                return f"{percent(values)} (n = {len(values)})" if len(values) else "-"
-
-            columns.append((f"{place(dataset)}: {measured(measure, own)}", cell))
-    return listing(by_method(pd.concat(found.values()), SHOWN), columns)
+    columns = [(dataset, measure) for dataset in SETTINGS for measure in ("test_natural", robust[dataset])]
+    lines = []
+    for method, group in by_method(pd.concat(found.values()), SHOWN).items():
+        values = [group.loc[group["dataset"] == dataset, measure] for dataset, measure in columns]
+        lines.append(
+            [named(method, group), *(f"{percent(own)} (n = {len(own)})" if len(own) else "-" for own in values)]
+        )
+    heads = [f"{place(dataset)}: {measured(measure, found[dataset])}" for dataset, measure in columns]
+    return markdown.table(["method", *heads], lines)
 
 
 def replication_table(runs: pd.DataFrame) -> str:
@@ -298,12 +283,12 @@ def replication_table(runs: pd.DataFrame) -> str:
 
 def together_table(replication: pd.DataFrame, runs: pd.DataFrame) -> str:
     """Return what clean guidance adds to `adaptive` on digits, in the study and in the replication."""
+    names = {0: "adaptive", 1: "adaptive-clean-guidance"}
     again = replication[(replication["method"] == "adaptive") & (replication["clean_label"] == 0)]
-    again = again.assign(method=again["clean_guidance"].map({0: "adaptive", 1: "adaptive-clean-guidance"}))
+    again = again.assign(method=again["clean_guidance"].map(names))
     parts = {}
     for where, found in (("the study", runs), ("the replication", again)):
-        sides = (found[found["method"] == name] for name in ("adaptive-clean-guidance", "adaptive"))
-        parts[where] = paired(*sides, "apgd")
+        parts[where] = paired(*(found[found["method"] == names[guided]] for guided in (1, 0)), "apgd")
     parts["both"] = pd.concat(parts.values())
     lines = [[name, difference(values), len(values)] for name, values in parts.items()]
     return markdown.table(["runs of", "APGD, adaptive-clean-guidance − adaptive", "pairs"], lines) + EACH
@@ -325,14 +310,14 @@ def captioned(table: Callable[[pd.DataFrame, str, float], str], runs: pd.DataFra
     return "\n".join(f"{caption}:\n\n{text}" for caption, text in found.items() if text)
 
 
-def blocks(runs: pd.DataFrame, second: pd.DataFrame, third: pd.DataFrame, replication: pd.DataFrame) -> dict[str, str]:
-    """Return all tables by the name of their block.
+def published(name: str) -> pd.DataFrame:
+    """Return a committed CSV: "runs" and "curves" are by version 0.1.0, "runs-0.2" by 0.2, and so on."""
+    return pd.read_csv(grid.RESULTS / f"{name}.csv")
 
-    Args:
-        runs: the study, by version 0.1.0.
-        second: the second round of claims and a repetition, by version 0.2.
-        third: a repetition by the training loop of version 0.3.
-    """
+
+def blocks() -> dict[str, str]:
+    """Return all tables of the published runs, by the name of their block."""
+    runs, second, third, replication = map(published, ("runs", "runs-0.2", "runs-0.3", "replication"))
     text = {
         "methods": methods_table(runs),
         "ablation": paper_table(runs, {name: name for name in grid.ABLATION}, "method", ABOUT),

