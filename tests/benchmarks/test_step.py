@@ -63,9 +63,3 @@ def test_ratios_are_taken_round_by_round() -> None:
     _, row = step.table({"PGD-AT": seconds, "CKTAT": [2 * s for s in seconds]})
     assert (row["ratio_20"], row["ratio_50"], row["ratio_80"]) == (2, 2, 2)
     assert row["s_50"] == 12
-
-
-def test_a_wrong_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        step.main(["--batch", "0"])
-    assert "argument --batch: got '0', wanted a whole number above 0" in capsys.readouterr().err
