@@ -10,8 +10,10 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,6 +79,14 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], device: str) -> None
     path.with_suffix(".tmp").replace(path)
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV, with numbers as numbers. What a row does not have is an empty string."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{name: parsed(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def parsed(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

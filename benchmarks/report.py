@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -20,50 +21,42 @@ from matplotlib import pyplot as plt
 
 from benchmarks import machine, markdown
 
-Row = dict[str, str]
-Key = Callable[[Row], str]
+Row = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#56B4E9", "#009E73", "#D55E00")
 FLOOR = "an empty autograd.Function"
 
 
-def where(rows: Sequence[Row]) -> str:
-    """Return machine and versions, of rows of one run."""
-    row = rows[0]
+def where(row: Row) -> str:
+    """Return machine and versions, as any row of a run has them."""
     host = f", {row['host']}" if row.get("host") else ""
     versions = f"torch {row['torch']}, Triton {row['triton']}, Python {row['python']}"
     return f"{row['machine']}{host}, {row['threads']} CPU thread, {versions}, {row['date']}"
 
 
-def pivot(corner: str, rows: Iterable[Row], line: Key, column: Key, cell: Callable[[Row, dict[str, Row]], str]) -> str:
-    """Return a table of rows by line and column. A cell is made of its row and of all rows of its line."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(line(row), {})[column(row)] = row
-    names = sorted({name: 0 for here in found.values() for name in here}, key=lambda name: name.startswith("ours"))
-    lines = [[label, *(cell(here[n], here) if n in here else "-" for n in names)] for label, here in found.items()]
+def pivot(corner: str, cells: Iterable[tuple[str, str, str]]) -> str:
+    """Return a table of cells, each of which comes after the names of its line and of its column."""
+    lines: dict[str, dict[str, str]] = {}
+    for line, column, cell in cells:
+        lines.setdefault(line, {})[column] = cell
+    names = sorted({name: 0 for line in lines.values() for name in line}, key=lambda name: name.startswith("ours"))
     head = [f"`{name.removeprefix('usual, ')}=True`" if name == "usual, log_target" else name for name in names]
-    return markdown.table([corner, *head], lines)
-
-
-def contender(row: Row) -> str:
-    return row["contender"]
+    return markdown.table([corner, *head], ([name, *(line.get(n, "-") for n in names)] for name, line in lines.items()))
 
 
 def problem(row: Row) -> str:
     return f"{row['n']} × {row['classes']}{', small KL' if row['logits'] == 'small KL' else ''}"
 
 
-def number(text: str) -> str:
+def digits(value: float) -> str:
     """Return two digits; NaN stands out."""
-    value = float(text)
     if math.isnan(value):
         return "**NaN**"
     return "0" if value == 0 else f"{value:.1e}" if value < 0.01 or value >= 1000 else f"{value:.2g}"
 
 
-def microseconds(text: str) -> str:
-    return f"{float(text):.0f}" if float(text) >= 10 else f"{float(text):.1f}"
+def microseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 # Speed.
@@ -75,129 +68,122 @@ def timed(rows: Iterable[Row], *left_out: str, kinds: Sequence[str] = ("independ
     return [row for row in chosen if row["dtype"] == "float32" and row["logits"] in kinds]
 
 
-def faster(row: Row, line: dict[str, Row]) -> str:
-    """Return how many times faster a contender is, or the time of the usual expression. The fastest is bold."""
-    usual = row["contender"] == "usual"
-    text = f"{microseconds(row['us_50'])} µs" if usual else f"{float(row['times_faster_50']):.2f}x"
-    return f"**{text}**" if row is max(line.values(), key=lambda one: float(one["times_faster_50"])) else text
+def fastest(rows: Sequence[Row], column: str, best: Callable[..., float]) -> str:
+    """Return a table of times, or of how many times faster contenders are. The best of each problem is bold."""
+    cells = []
+    for row in rows:
+        ratio = column == "times_faster_50" and row["contender"] != "usual"
+        text = f"{row[column]:.2f}x" if ratio else f"{microseconds(row['us_50'])} µs"
+        bold = row[column] == best(one[column] for one in rows if problem(one) == problem(row))
+        cells.append((problem(row), row["contender"], f"**{text}**" if bold else text))
+    return pivot("N × C", cells)
 
 
 def scatter(rows: Sequence[Row]) -> str:
     """Return the machine, the number of rounds, and how far ratios scatter."""
-    numbers = sorted({int(row["rounds"]) for row in rows})
+    numbers = sorted({row["rounds"] for row in rows})
     counted = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
-    ratios = [float(row[f"times_faster_{q}"]) / float(row["times_faster_50"]) for row in rows for q in (20, 80)]
-    away = max(abs(ratio - 1) for ratio in ratios)
-    return f"{where(rows)}; medians of {counted} rounds, the 20 and 80 % quantiles of ratios at most {away:.0%} away.\n"
+    away = max(abs(row[f"times_faster_{q}"] / row["times_faster_50"] - 1) for row in rows for q in (20, 80))
+    return (
+        f"{where(rows[0])}; medians of {counted} rounds, the 20 and 80 % quantiles of ratios at most {away:.0%} away.\n"
+    )
 
 
 def readme_speed(rows: Sequence[Row]) -> str:
     chosen = timed(rows, "copy")
-    return f"{pivot('N × C', chosen, problem, contender, faster)}\n{scatter(chosen)}"
+    return f"{fastest(chosen, 'times_faster_50', max)}\n{scatter(chosen)}"
 
 
 def readme_gpu(rows: Sequence[Row]) -> str:
     """Return the times on a GPU of the contenders that a user chooses between."""
     names = ("usual", "usual, log_target", "usual, compiled", "ours")
     chosen = [row for row in timed(rows) if row["contender"] in names]
-
-    def cell(row: Row, line: dict[str, Row]) -> str:
-        text = f"{microseconds(row['us_50'])} µs"
-        return f"**{text}**" if row is min(line.values(), key=lambda one: float(one["us_50"])) else text
-
-    return f"{pivot('N × C', chosen, problem, contender, cell)}\n{where(chosen)}.\n" if chosen else ""
+    return f"{fastest(chosen, 'us_50', min)}\n{where(chosen[0])}.\n" if chosen else ""
 
 
 def cpu_speed(rows: Sequence[Row]) -> str:
     chosen = timed(rows, "copy") + timed(rows, "copy", kinds=["small KL"])
-    return f"{pivot('N × C', chosen, problem, contender, faster)}\n{memory(rows)}\n{scatter(chosen)}"
+    return f"{fastest(chosen, 'times_faster_50', max)}\n{memory(rows)}\n{scatter(chosen)}"
 
 
 def memory(rows: Sequence[Row]) -> str:
-    def cell(row: Row, _: dict[str, Row]) -> str:
-        return f"{float(row['peak_elements']):.1f}"
-
-    return pivot("peak memory, elements per logit position", timed(rows, "copy", FLOOR), contender, problem, cell)
+    shown = timed(rows, "copy", FLOOR)
+    cells = ((row["contender"], problem(row), f"{row['peak_elements']:.1f}") for row in shown)
+    return pivot("peak memory, elements per logit position", cells)
 
 
 def gpu_speed(rows: Sequence[Row]) -> str:
     """Return the times on a GPU, with the share of a copy's speed that each reaches."""
-
-    def cell(row: Row, line: dict[str, Row]) -> str:
-        if row.get("note"):
-            return f"failed: {row['note']}"
-        share = float(line["copy"]["us_50"]) / float(row["us_50"])
-        return microseconds(row["us_50"]) + ("" if row is line["copy"] else f" ({share:.0%})")
-
-    if not any(row.get("us_50") for row in rows):
-        return ""
-    shown = [row for row in rows if row["contender"] != FLOOR and (row["us_50"] or row.get("note"))]
-    table = pivot("N × C", shown, lambda row: f"{problem(row)}, {row['dtype']}", contender, cell)
-    return f"{table}\nµs (share of the copy's speed). {where(rows)}.\n"
+    shown = [row for row in rows if row.get("us_50") or row.get("note")]
+    copies = {(problem(row), row["dtype"]): row["us_50"] for row in shown if row["contender"] == "copy"}
+    cells = []
+    for row in shown if copies else ():
+        line = problem(row), row["dtype"]
+        cell = f"failed: {row['note']}" if row.get("note") else microseconds(row["us_50"])
+        cell += f" ({copies[line] / row['us_50']:.0%})" if row["us_50"] and row["contender"] != "copy" else ""
+        if row["contender"] != FLOOR:
+            cells.append((", ".join(line), row["contender"], cell))
+    return f"{pivot('N × C', cells)}\nµs (share of the copy's speed). {where(rows[0])}.\n" if cells else ""
 
 
 def host(rows: Sequence[Row]) -> str:
     """Return the host's CPU time, its share of the usual expression's, and launches."""
     counted = [row for row in rows if row.get("launches")]
-    usual = {problem(row): float(row["host_us"]) for row in counted if row["contender"] == "usual"}
-
-    def cell(row: Row, _: dict[str, Row]) -> str:
-        share = float(row["host_us"]) / usual.get(problem(row), math.nan)
-        return f"{microseconds(row['host_us'])} µs ({share:.2f}), {row['launches']}"
-
+    usual = {problem(row): row["host_us"] for row in counted if row["contender"] == "usual"}
+    cells = []
+    for row in counted:
+        time, share = row["host_us"], row["host_us"] / usual.get(problem(row), math.nan)
+        cells.append((row["contender"], problem(row), f"{microseconds(time)} µs ({share:.2f}), {row['launches']}"))
     real = "" if timed(rows) else " Measured without a GPU, with CUDA calls that do nothing."
-    text = f"\nCPU time (share of the usual expression's), launches.{real} {where(rows)}.\n"
-    return pivot("forward and backward", counted, contender, problem, cell) + text if counted else ""
+    text = f"\nCPU time (share of the usual expression's), launches.{real} {where(rows[0])}.\n"
+    return pivot("forward and backward", cells) + text if cells else ""
 
 
 # Accuracy, training steps, compiled kernels.
 
 
 def accuracy(rows: Sequence[Row]) -> str:
-    def cell(row: Row, _: dict[str, Row]) -> str:
-        return f"{100 * float(row['value']):.2g} %" if row["measure"] == "KL, negative" else number(row["value"])
-
-    shown = [row for row in rows if row["case"] != "sweep"]
-    text = pivot("error", shown, lambda row: f"{row['case']}: {row['measure']}", contender, cell)
-    tiny = {f"; the median small KL is {float(row['true_kl']):.1e}" for row in shown if row.get("true_kl")}
-    return f"{text}\n{rows[0]['rows']} rows of {rows[0]['classes']} classes{''.join(tiny)}. {where(rows)}.\n"
+    shown, cells = [row for row in rows if row["case"] != "sweep"], []
+    for row in shown:
+        cell = f"{100 * row['value']:.2g} %" if row["measure"] == "KL, negative" else digits(row["value"])
+        cells.append((f"{row['case']}: {row['measure']}", row["contender"], cell))
+    tiny = {f"; the median small KL is {row['true_kl']:.1e}" for row in shown if row.get("true_kl")}
+    setting = f"{rows[0]['rows']} rows of {rows[0]['classes']} classes{''.join(tiny)}"
+    return f"{pivot('error', cells)}\n{setting}. {where(rows[0])}.\n"
 
 
 def step(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        spread = f"{float(row['ratio_20']):.2f} - {float(row['ratio_80']):.2f}"
-        lines.append([row["contender"], f"{float(row['s_50']):.3g}", f"**{float(row['ratio_50']):.2f}** ({spread})"])
-    table, of = markdown.table(["", "seconds", "times a PGD-AT step (20 - 80 %)"], lines), rows[0]
-    setting = f"{of['arch']}, batch {of['batch']}, PGD-{of['attack_steps']}, medians of {of['rounds']} rounds"
-    return f"{table}\n{setting}. {where(rows)}.\n"
+        spread = f"{row['ratio_20']:.2f} - {row['ratio_80']:.2f}"
+        lines.append([row["contender"], f"{row['s_50']:.3g}", f"**{row['ratio_50']:.2f}** ({spread})"])
+    table = markdown.table(["", "seconds", "times a PGD-AT step (20 - 80 %)"], lines)
+    setting = "{arch}, batch {batch}, PGD-{attack_steps}, medians of {rounds} rounds".format(**rows[0])
+    return f"{table}\n{setting}. {where(rows[0])}.\n"
 
 
 def kernels(rows: Sequence[Row]) -> str:
     """Return the traffic of one step, and the worst of all kernels of each architecture and number of classes."""
     names = {"loss": "no gradient", "backward": "and backward, if the upstream gradient is not 1"}
     worst = ("registers", "spills", "local_bytes", "narrow_accesses", "shared_bytes", "instructions")
-
-    def cell(row: Row, _: dict[str, Row]) -> str:
-        return f"{row['launches']}, {float(row['moves']):.1f}, {microseconds(row['h100_us'])} µs"
-
-    of_one = [row for row in rows if row["architecture"] in ("any", rows[0]["architecture"])]
-    shown = [row for row in of_one if row["dtype"] == "float32" and row["call"] != "backward by rows"]
-    corner = f"launches, element moves per logit position, time at 3.0 TB/s (float32, N = {rows[0]['rows']})"
-    by_call = pivot(
-        corner, shown, lambda row: names.get(row["call"], row["call"]), lambda row: f"C = {row['classes']}", cell
-    )
+    cells = []
     groups: dict[str, list[Row]] = {}
     for row in rows:
+        classes, call = f"C = {row['classes']}", row["call"]
         if row["kernel"]:
-            groups.setdefault(f"{row['architecture']}, C = {row['classes']}", []).append(row)
+            groups.setdefault(f"{row['architecture']}, {classes}", []).append(row)
+        of_table = row["architecture"] in ("any", rows[0]["architecture"]) and row["dtype"] == "float32"
+        if of_table and call != "backward by rows":
+            cell = f"{row['launches']}, {row['moves']:.1f}, {microseconds(row['h100_us'])} µs"
+            cells.append((names.get(call, call), classes, cell))
+    corner = f"launches, element moves per logit position, time at 3.0 TB/s (float32, N = {rows[0]['rows']})"
     lines = []
     for name, group in groups.items():
-        warps = min((int(row["warps_on_sm"]) for row in group if row["warps_on_sm"]), default="-")
-        lines.append([name, *(max(int(row[column]) for row in group) for column in worst), warps])
+        warps = min((row["warps_on_sm"] for row in group if row["warps_on_sm"]), default="-")
+        lines.append([name, *(max(row[column] for row in group) for column in worst), warps])
     head = ["worst of all calls and dtypes", *(name.replace("_", " ") for name in worst), "warps on an SM"]
     versions = f"torch {rows[0]['torch']}, Triton {rows[0]['triton']}, {rows[0]['date']}"
-    return f"{by_call}\n{markdown.table(head, lines)}\n{versions}.\n"
+    return f"{pivot(corner, cells)}\n{markdown.table(head, lines)}\n{versions}.\n"
 
 
 # The picture.
@@ -212,10 +198,12 @@ def draw(folder: Path, device: str = "*") -> list[Path]:
         if not sweep:
             continue  # the time was up
         figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-        for name, colour, marker in zip(dict.fromkeys(map(contender, sweep)), COLOURS, "osD^vPX*", strict=False):
+        for name, colour, marker in zip(
+            dict.fromkeys(row["contender"] for row in sweep), COLOURS, "osD^vPX*", strict=False
+        ):
             own = [row for row in sweep if row["contender"] == name]
-            kl = [float(row["true_kl"]) for row in own]
-            error = [max(float(row["value"]), 1e-9) for row in own]  # a log axis has no zero
+            kl = [row["true_kl"] for row in own]
+            error = [max(row["value"], 1e-9) for row in own]  # a log axis has no zero
             style = "-" if name.startswith("ours") else "--"
             axes.plot(kl, error, style, color=colour, marker=marker, markersize=5, label=name)
         axes.set_title("Error of a KL against the KL itself (float32, logits at 30 ± 5)", loc="left", fontsize=11)

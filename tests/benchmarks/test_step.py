@@ -54,8 +54,8 @@ def test_the_csv_has_every_contender(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = machine.read(tmp_path / "step-cpu.csv")
     assert [row["contender"] for row in rows] == [*step.Bench("wrn-10-1", 2, 1, "cpu").contenders()]
     for row in rows:
-        assert 0 < float(row["s_20"]) <= float(row["s_50"]) <= float(row["s_80"])
-        assert (row["arch"], row["batch"], row["attack_steps"], row["rounds"]) == ("wrn-10-1", "2", "1", "2")
+        assert 0 < row["s_20"] <= row["s_50"] <= row["s_80"]
+        assert (row["arch"], row["batch"], row["attack_steps"], row["rounds"]) == ("wrn-10-1", 2, 1, 2)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
