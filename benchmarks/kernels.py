@@ -32,7 +32,7 @@ Traffic = list[tuple[int, int]]  # of one launch: elements and bytes per element
 
 
 class CountOperators(TorchDispatchMode):
-    """Notes the traffic of each operator that PyTorch dispatches, unless it is a view or an allocation.
+    """A record of the traffic of each operator that PyTorch dispatches, but for views and allocations.
 
     An operator counts as one launch that reads each tensor that it is given and writes each that it returns, once. A
     broadcast tensor is read at its own size. A GPU may do otherwise: a reduction may be two launches, for instance.

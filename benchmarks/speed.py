@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, compiling = args.device, not args.no_compile
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    gc.freeze()  # the collector need not look at what is there already
+    gc.freeze()  # the collector then leaves torch's own objects alone
     path = args.out / f"speed-{machine.slug(device)}.csv"
     shapes, dtypes = args.shapes or SHAPES[device], args.dtypes or DTYPES[device]
     problems = [Problem(*size, dtype, kind) for size, dtype, kind in product(shapes, dtypes, KINDS[device])]

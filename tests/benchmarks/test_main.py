@@ -83,7 +83,7 @@ def test_a_part_that_fails_says_so() -> None:
 
 @pytest.fixture
 def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """How each part goes, none of which runs: it says for how long it would have run."""
+    """The states of the parts, by title. No part runs; it returns the seconds that it would have had."""
     found = {"Accuracy": "failed (exit status 1)"}
 
     def stand_in(title: str, command: Sequence[str], seconds: float) -> Outcome:
