@@ -186,13 +186,13 @@ def host_seconds(call: Call) -> float:
     return cpu_seconds(call, 10)
 
 
-def device_seconds(call: Call, host: float) -> float:
-    """Return a GPU's time of one call by events, with its L2 cache overwritten before.
+def device_seconds(call: Call, host: float, larger: Tensor) -> float:
+    """Return a GPU's time of one call by events, after a tensor larger than its L2 cache has been overwritten.
 
     The GPU sleeps while the host launches, so that events see the device alone.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(256 << 20, dtype=torch.int8, device="cuda").zero_()  # more than any GPU's L2 cache holds
+    larger.zero_()
     torch.cuda._sleep(int(CYCLES * (1.5 * host + 1e-4)))
     start.record()
     call()
@@ -271,13 +271,18 @@ def measure(problem: Problem, device: str, compiling: bool) -> Iterator[Row]:
     calls = {name: calls[name] for name in peaks}
     source = torch.randn(5 * logits[0].numel() // 2, device=device).to(logits[0].dtype)  # three logits, two gradients
     calls["copy"] = partial(torch.empty_like(source).copy_, source)
+    gc.collect()
+    gc.disable()  # a collection would fall on whoever is being timed
     with torch.autograd.set_multithreading_enabled(False):  # autograd's second thread has a clock of its own
         if device == "cuda":
             taken = take_turns({name: partial(host_seconds, call) for name, call in calls.items()}, SECONDS / 5)
             host = {name: statistics.median(own) for name, own in taken.items()}
-            times = take_turns({name: partial(device_seconds, call, host[name]) for name, call in calls.items()})
+            larger = torch.empty(256 << 20, dtype=torch.int8, device=device)
+            clocks = {name: partial(device_seconds, call, host[name], larger) for name, call in calls.items()}
         else:
-            host, times = {}, take_turns({name: cpu_clock(call) for name, call in calls.items()})
+            host, clocks = {}, {name: cpu_clock(call) for name, call in calls.items()}
+        times = take_turns(clocks)
+    gc.enable()
     for name, own in times.items():
         row: Row = {"contender": name}
         if device == "cpu" or machine.computes():  # else the times are garbage, but for the host's
@@ -303,7 +308,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, compiling = args.device, not args.no_compile
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    gc.freeze()  # the collector then leaves torch's own objects alone
     path = args.out / f"speed-{machine.slug(device)}.csv"
     shapes, dtypes = args.shapes or SHAPES[device], args.dtypes or DTYPES[device]
     problems = [Problem(*size, dtype, kind) for size, dtype, kind in product(shapes, dtypes, KINDS[device])]

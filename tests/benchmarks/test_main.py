@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+pytest.importorskip("torchvision", reason="the examples' networks need torchvision")
+
 from benchmarks import __main__ as driver
 from benchmarks import machine
 from benchmarks.__main__ import PARTS, Outcome
