@@ -47,8 +47,7 @@ GROUPS = {
     },
     "sm_90, float16": variants("sm_90", ("training", "backward"), ("float16",), 1000, 21841),
     "sm_90, the longest rows": LONGEST_ROWS,
-    "sm_90, strides": variants("sm_90", MAIN, ("bfloat16",), 1000, row_stride=1024)
-    + variants("sm_90", MAIN, ("bfloat16",), 1000, row_stride=1016),
+    **{f"sm_90, stride {s}": variants("sm_90", MAIN, ("bfloat16",), 1000, row_stride=s) for s in (1016, 1024)},
     "sm_90, one program": variants("sm_90", MAIN, ("float32",), 10, rows=128),
     "sm_90, weights": variants("sm_90", ("training", "backward by rows"), ("float32",), 1000, tensors=True),
     "sm_90, mixed": variants("sm_90", MAIN, ("mixed",), 1000),
@@ -100,16 +99,15 @@ def test_the_check_sees_what_it_should() -> None:
     code = Machine("rows_kernel", 4, 0, registers=96, instructions=9, **wide)
     good = Built(variant, code, streams=False, readings=1, gradients=2)
     assert faults(good) == []
-    narrow = Counter({32: 24})
     for bad, said in (
-        (replace(code, loads=narrow), "loads narrower than 128 bits"),
-        (replace(code, stores=narrow), "stores narrower than 128 bits"),
-        (replace(code, stores=Counter()), "no stores of 128 bits"),
-        (replace(code, spills=1), "1 spills"),
-        (replace(code, local=8), "8 bytes of local memory"),
-        (replace(code, registers=168, warps=8), "8 warps on an SM"),
+        ({"loads": Counter({32: 24})}, "loads narrower than 128 bits"),
+        ({"stores": Counter({32: 24})}, "stores narrower than 128 bits"),
+        ({"stores": Counter()}, "no stores of 128 bits"),
+        ({"spills": 1}, "1 spills"),
+        ({"local": 8}, "8 bytes of local memory"),
+        ({"registers": 168, "warps": 8}, "8 warps on an SM"),
     ):
-        assert any(said in fault for fault in faults(replace(good, machine=bad))), said
+        assert any(said in fault for fault in faults(replace(good, machine=replace(code, **bad)))), said
     longest = replace(good, variant=LONGEST_ROWS[0], machine=replace(code, warps=16, registers=120))
     assert any("two of the longest rows" in fault for fault in faults(longest))
 

@@ -57,7 +57,7 @@ def test_every_part_knows_its_options(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_a_part_that_is_late_is_stopped_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "GRACE", 1.0)
+    monkeypatch.setattr(driver, "GRACE", 2.0)
     child = tmp_path / "child"
     program = f"""
 import signal, subprocess, sys, time
@@ -69,8 +69,8 @@ except KeyboardInterrupt:
     print("by SIGINT first, so that it can print what it has")
 """
     began = time.monotonic()
-    outcome = driver.run("late", [sys.executable, "-c", program], 5.0)
-    assert outcome.state == "stopped after 5 s"
+    outcome = driver.run("late", [sys.executable, "-c", program], 6.0)
+    assert outcome.state == "stopped after 6 s"
     assert "by SIGINT first" in outcome.printed
     with suppress(FileNotFoundError):
         while "zombie" not in Path(f"/proc/{child.read_text()}/status").read_text():
