@@ -1,4 +1,4 @@
-"""The machine and the date of a measurement, the files that hold it, and the options that all programs share."""
+"""The machine and the date of a measurement, the CSVs that hold it, and the options that all programs share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,27 +40,6 @@ def gpu() -> str:
     return torch.cuda.get_device_name() if computes() else "no GPU"
 
 
-def environment(device: str) -> dict[str, str]:
-    """Return the columns that every row of a CSV ends with."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
-    where = {"machine": cpu} if device == "cpu" else {"machine": gpu(), "host": cpu}
-    return {
-        **where,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 @cache
 def computes() -> bool:
     """True if the GPU computes. A stand-in for the driver, made to time the host alone, does not."""
@@ -68,17 +49,44 @@ def computes() -> bool:
         return False
 
 
-def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows as CSV, under all the names that any of them has; floats with four digits. The file is never half."""
+def environment(device: str) -> dict[str, str]:
+    """Return the columns that every row of a CSV has: machine, versions and date."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    where = {"machine": cpu} if device == "cpu" else {"machine": gpu(), "host": cpu}
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        **where,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(path: Path, rows: Sequence[Mapping[str, object]], device: str) -> None:
+    """Write rows as CSV, floats with four digits, and the environment in each row. The file is never half."""
+    where = environment(device)
+    names = dict.fromkeys(name for row in (*rows, where) for name in row)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".tmp").open("w", newline="") as file:
-        names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(file, list(names), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} | where for row in rows)
     path.with_suffix(".tmp").replace(path)
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV, with numbers as numbers. What a row does not have is an empty string."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{name: parsed(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def parsed(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

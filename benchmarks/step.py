@@ -9,12 +9,10 @@ its loss. `TRADES, lean` is the same algorithm without these repetitions. Writes
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -103,27 +101,21 @@ def wall_seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def table(times: dict[str, list[float]]) -> list[dict[str, object]]:
+def table(times: dict[str, list[float]], **where: object) -> list[dict[str, object]]:
     """Return one row per contender: quantiles of its seconds, and of its ratio to a PGD-AT step, round by round."""
-    rows: list[dict[str, object]] = []
+    rows = []
     for name, seconds in times.items():
         ratios = [own / base for own, base in zip(seconds, times["PGD-AT"], strict=True)]
         quantiles = {**speed.quantiles(seconds, "s"), **speed.quantiles(ratios, "ratio")}
-        rows.append({"contender": name, **quantiles, "rounds": len(seconds)})
+        rows.append({"contender": name, **quantiles, "rounds": len(seconds), **where})
     return rows
-
-
-def number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number above 0")
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = machine.parser(__doc__)
     parser.add_argument("--arch", default="resnet18", help="of examples/networks.py (default: %(default)s)")
-    parser.add_argument("--batch", type=number, help=f"images per step (default: {BATCH})")
-    parser.add_argument("--steps", type=number, default=10, help="of the attack (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help=f"images per step (default: {BATCH})")
+    parser.add_argument("--steps", type=int, default=10, help="of the attack (default: %(default)s)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -131,11 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contenders = Bench(args.arch, batch, args.steps, args.device).contenders()
     for step in contenders.values():
         step()  # the first one is not timed
-    clock = wall_seconds if args.device == "cuda" else partial(speed.cpu_seconds, repeats=1)
+    clock = wall_seconds if args.device == "cuda" else speed.cpu_seconds
     times = speed.take_turns({name: partial(clock, step) for name, step in contenders.items()}, seconds=20.0)
-    where = {"arch": args.arch, "batch": batch, "attack_steps": args.steps, **machine.environment(args.device)}
-    path: Path = args.out / f"step-{machine.slug(args.device)}.csv"
-    machine.write(path, [row | where for row in table(times)])
+    path = args.out / f"step-{machine.slug(args.device)}.csv"
+    machine.write(path, table(times, arch=args.arch, batch=batch, attack_steps=args.steps), args.device)
     print(f"saved {path}")
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -46,8 +47,7 @@ GROUPS = {
     },
     "sm_90, float16": variants("sm_90", ("training", "backward"), ("float16",), 1000, 21841),
     "sm_90, the longest rows": LONGEST_ROWS,
-    "sm_90, strides": variants("sm_90", MAIN, ("bfloat16",), 1000, row_stride=1024)
-    + variants("sm_90", MAIN, ("bfloat16",), 1000, row_stride=1016),
+    **{f"sm_90, stride {s}": variants("sm_90", MAIN, ("bfloat16",), 1000, row_stride=s) for s in (1016, 1024)},
     "sm_90, one program": variants("sm_90", MAIN, ("float32",), 10, rows=128),
     "sm_90, weights": variants("sm_90", ("training", "backward by rows"), ("float32",), 1000, tensors=True),
     "sm_90, mixed": variants("sm_90", MAIN, ("mixed",), 1000),
@@ -95,21 +95,19 @@ def test_no_spills_room_for_other_warps_and_wide_accesses(pool: ProcessPoolExecu
 def test_the_check_sees_what_it_should() -> None:
     """A stride of which the compiler knows nothing would make all accesses narrow, for instance."""
     variant = Variant("sm_90", "training", "float32", 1000, row_stride=1016)
-    code = Machine(
-        "rows_kernel", 4, 0, registers=96, instructions=9, loads=Counter({128: 12}), stores=Counter({128: 8})
-    )
+    wide = {"loads": Counter({128: 12}), "stores": Counter({128: 8})}
+    code = Machine("rows_kernel", 4, 0, registers=96, instructions=9, **wide)
     good = Built(variant, code, streams=False, readings=1, gradients=2)
     assert faults(good) == []
-    narrow = Counter({32: 24})
     for bad, said in (
-        (replace(code, loads=narrow), "loads narrower than 128 bits"),
-        (replace(code, stores=narrow), "stores narrower than 128 bits"),
-        (replace(code, stores=Counter()), "no stores of 128 bits"),
-        (replace(code, spills=1), "1 spills"),
-        (replace(code, local=8), "8 bytes of local memory"),
-        (replace(code, registers=168, warps=8), "8 warps on an SM"),
+        ({"loads": Counter({32: 24})}, "loads narrower than 128 bits"),
+        ({"stores": Counter({32: 24})}, "stores narrower than 128 bits"),
+        ({"stores": Counter()}, "no stores of 128 bits"),
+        ({"spills": 1}, "1 spills"),
+        ({"local": 8}, "8 bytes of local memory"),
+        ({"registers": 168, "warps": 8}, "8 warps on an SM"),
     ):
-        assert any(said in fault for fault in faults(replace(good, machine=bad))), said
+        assert any(said in fault for fault in faults(replace(good, machine=replace(code, **bad)))), said
     longest = replace(good, variant=LONGEST_ROWS[0], machine=replace(code, warps=16, registers=120))
     assert any("two of the longest rows" in fault for fault in faults(longest))
 
@@ -124,19 +122,28 @@ def test_edges_may_be_narrow_where_rows_are_odd_and_streamed() -> None:
     assert faults(replace(built, variant=built.variant._replace(classes=21840))) != [], "rows of 16 bytes have no edges"
 
 
-def test_the_table_shows_what_the_machine_code_says(tmp_path: Path) -> None:
-    kernels.main(["--out", str(tmp_path), "--targets", "sm_90", "--dtypes", "float32", "--classes", "100"])
-    rows = machine.read(tmp_path / "kernels.csv")
+def test_the_table_shows_what_the_machine_code_says(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    rows = [*kernels.measure(variants("sm_90", CALLS, ("float32",), 100), pool)]
     by_call = {row["call"]: row for row in rows}
     moves = {"loss": 3, "training": 5, "backward": 5, "backward by rows": 5, "recipe": 4}
     for call, most in moves.items():
         assert most <= float(by_call[call]["moves"]) < most + 0.1, "row values are few"
-        assert float(by_call[call]["h100_us"]) == pytest.approx(int(by_call[call]["bytes"]) / 3.0e6, rel=1e-3)
-    assert [int(by_call[call]["launches"]) for call in CALLS] == [2, 2, 1, 1, 2]
+        assert float(by_call[call]["h100_us"]) == pytest.approx(by_call[call]["bytes"] / 3.0e6, rel=1e-3)
+    assert [by_call[call]["launches"] for call in CALLS] == [2, 2, 1, 1, 2]
     eager = [row for row in rows if row["call"].startswith("eager")]
-    assert [row["launches"] for row in eager] == ["39", "30"]
-    assert all(int(row["bytes"]) > 5 * int(by_call["training"]["bytes"]) for row in eager)
-    text = report.kernels(rows)
+    assert [row["launches"] for row in eager] == [39, 30]
+    assert all(row["bytes"] > 5 * by_call["training"]["bytes"] for row in eager)
+    machine.write(tmp_path / "kernels.csv", rows, "cpu")
+    text = report.kernels(machine.read(tmp_path / "kernels.csv"))
     assert "| training | 2, 5.0, 2.7 µs |" in text
-    worst = max(int(row["registers"]) for row in rows if row["registers"])
+    worst = max(row["registers"] for row in rows if "registers" in row)
     assert f"| sm_90, C = 100 | {worst} |" in text
+
+
+def test_the_count_of_operators_is_that_by_hand() -> None:
+    x, y = (torch.randn(8, 5, dtype=torch.bfloat16) for _ in range(2))
+    with kernels.CountOperators() as counted:
+        (x * y).sum()
+        x.t().view(5, 8)[0].expand(3, 8)  # views
+        x[:1].expand(8, 5) + 1  # what is broadcast is read at its own size
+    assert counted.launches == [[(40, 2)] * 3, [(40, 2), (1, 2)], [(5, 2), (40, 2)]]

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+pytest.importorskip("torchvision", reason="the examples' networks need torchvision")
+
 from benchmarks import __main__ as driver
 from benchmarks import machine
-from benchmarks.__main__ import Outcome, Part
-
-
-def python(program: str) -> tuple[str, ...]:
-    """Return a part's command that runs a program: the module `timeit` executes its argument once."""
-    return ("timeit", "-n", "1", "-r", "1", program)
+from benchmarks.__main__ import PARTS, Outcome
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so_and_stops(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--device", "cuda", "--out", str(tmp_path / "out")],
-        cwd=machine.ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "sees no CUDA or ROCm GPU here" in done.stderr
+def test_without_a_gpu_it_says_so_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        driver.main(["--device", "cuda", "--out", str(tmp_path / "out")])
+    assert "sees no CUDA or ROCm GPU here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -39,26 +36,21 @@ def test_it_names_all_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "missing here: no_such_package, another" in capsys.readouterr().err
 
 
-def test_the_parts_of_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "tests", lambda: ("pytest",))
-    programs = {"cpu": ["speed", "accuracy", "step"], "cuda": ["pytest", "speed", "accuracy", "step"]}
-    for device, expected in programs.items():
-        parts = driver.parts(device, tmp_path, compiling=False)
-        assert [part.command[0].removeprefix("benchmarks.") for part in parts] == expected
+def test_every_part_knows_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(driver, "missing", lambda _: "xdist")  # its workers take long to start
+    for device, parts in PARTS.items():
         assert 0.9 < sum(part.share for part in parts) <= 1
         for part in parts:
-            if part.command[0] != "pytest":
-                assert part.command[1:5] == ("--device", device, "--out", str(tmp_path))
-                assert ("--no-compile" in part.command) == (part.title != "A training step")
-        compiling = ["--no-compile" not in part.command for part in driver.parts(device, tmp_path, compiling=True)]
-        assert compiling == {"cpu": [True, True, True], "cuda": [True, True, False, True]}[device], "not for accuracy"
-
-
-def test_the_command_of_the_gpu_tests_is_one_that_pytest_knows() -> None:
-    command = [sys.executable, "-m", *driver.tests(), "--collect-only"]
-    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_gpu.py" in done.stdout
+            python, _, module, *options = driver.command(part, device, machine.RESULTS)
+            if module == "pytest":
+                tests = [python, "-m", "pytest", *options, "--collect-only"]
+                done = subprocess.run(tests, cwd=machine.ROOT, capture_output=True, text=True, timeout=300)
+                assert done.returncode == 0, done.stdout + done.stderr
+                assert "test_gpu.py" in done.stdout
+            else:
+                with pytest.raises(SystemExit):
+                    importlib.import_module(module).main([*options, "--nonsense"])
+                assert "unrecognized arguments: --nonsense\n" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
@@ -66,66 +58,70 @@ def test_a_part_that_is_late_is_stopped_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "GRACE", 2.0)
-    child, said = tmp_path / "child", tmp_path / "said"
-    program = (
-        "import signal, subprocess, sys, time; "
-        "deaf = 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)'; "
-        "started = subprocess.Popen([sys.executable, '-c', deaf]); "
-        f"open({str(child)!r}, 'w').write(str(started.pid)); print('begun', flush=True); "
-        f"signal.signal(2, lambda *_: (open({str(said)!r}, 'w').write('asked'), sys.exit(0))); time.sleep(60)"
-    )
+    child = tmp_path / "child"
+    program = f"""
+import signal, subprocess, sys, time
+deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"
+open({str(child)!r}, "w").write(str(subprocess.Popen([sys.executable, "-c", deaf]).pid))
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("by SIGINT first, so that it can print what it has")
+"""
     began = time.monotonic()
-    outcome = driver.run(Part("late", 1.0, python(program)), 7.0)
-    assert time.monotonic() - began < 30
-    assert outcome.state == "stopped after 7 s"
-    assert "begun" in outcome.printed
-    assert said.read_text() == "asked", "by SIGINT first, so that it can print what it has"
-    status = Path(f"/proc/{child.read_text()}/status")
+    outcome = driver.run("late", [sys.executable, "-c", program], 6.0)
+    assert outcome.state == "stopped after 6 s"
+    assert "by SIGINT first" in outcome.printed
     with suppress(FileNotFoundError):
-        while "zombie" not in status.read_text():
+        while "zombie" not in Path(f"/proc/{child.read_text()}/status").read_text():
             assert time.monotonic() - began < 30
             time.sleep(0.1)
 
 
 def test_a_part_that_fails_says_so() -> None:
-    outcome = driver.run(Part("bad", 1.0, python("print('why'); 1 / 0")), 60.0)
+    outcome = driver.run("bad", [sys.executable, "-c", "print('why'); 1 / 0"], 60.0)
     assert outcome.state == "failed (exit status 1)"
     assert "why" in outcome.printed
-    absent = driver.run(Part("bad", 1.0, python("1"), needs=("no_such_package",)), 60.0)
-    assert absent.state == "left out: no_such_package is missing"
 
 
-def test_a_failed_part_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[tuple[str, float]] = []
-    states = {"Speed": "good", "Accuracy": "failed (exit status 1)", "A training step": "left out: x is missing"}
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The states of the parts, by title. No part runs; it returns the seconds that it would have had."""
+    found = {"Accuracy": "failed (exit status 1)"}
 
-    def stand_in(part: Part, seconds: float) -> Outcome:
-        ran.append((part.title, seconds))
-        return Outcome(states[part.title], 1.0, "")
+    def stand_in(title: str, command: Sequence[str], seconds: float) -> Outcome:
+        return Outcome(title, found.get(title, "good"), seconds, "said")
 
     monkeypatch.setattr(driver, "run", stand_in)
+    return found
+
+
+def test_the_time_is_divided_and_a_failed_part_is_the_exit_status(
+    states: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "missing", lambda names: "torchvision" if "torchvision" in names else "")
     words = ["--device", "cpu", "--out", str(tmp_path), "--minutes", "10"]
     assert driver.main(words) == 1
-    assert ran == [
-        ("Speed", pytest.approx(240)),
-        ("Accuracy", pytest.approx(150)),
-        ("A training step", pytest.approx(210)),
-    ]
-    states["Accuracy"] = "good"
-    assert driver.main(words) == 0
+    states.clear()
+    assert driver.main(words) == 0, "what is left out has not failed"
+    assert capsys.readouterr().out.endswith(
+        "Speed: good, 240 s\nAccuracy: good, 150 s\nA training step: left out: torchvision is missing, 0 s\n"
+    )
 
 
-def test_the_report_shows_each_part_and_warns_of_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("computes", "name"), [(True, "A device"), (False, "no GPU")])
+def test_the_report_of_a_gpu_shows_each_part_and_warns_of_garbage(
+    computes: bool, name: str, states: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A device")
-    outcomes = {
-        Part("Right", 0.5, ()): Outcome("failed (exit status 1)", 3.0, "1 failed"),
-        Part("Late", 0.5, ()): Outcome("stopped after 9 s", 9.0, ""),
-    }
-    for computes in (True, False):
-        monkeypatch.setattr(machine, "computes", lambda computes=computes: computes)
-        text = driver.page(outcomes, "## Tables\n")
-        assert text.startswith("# A device\n" if computes else "# no GPU\n")
-        assert "| Right | failed (exit status 1) | 3 |" in text
-        assert "## Right: failed (exit status 1)\n\n```\n1 failed\n```" in text
-        assert text.index("## Tables") < text.index("## Right")
-        assert ("computes nothing" in text) == (not computes)
+    monkeypatch.setattr(machine, "computes", lambda: computes)
+    monkeypatch.setattr(driver, "missing", lambda _: "")
+    slug = machine.slug("cuda")
+    machine.write(tmp_path / f"accuracy-{slug}.csv", machine.read(machine.RESULTS / "accuracy-cpu.csv")[:3], "cpu")
+    assert driver.main(["--device", "cuda", "--out", str(tmp_path), "--minutes", "10"]) == 1
+    text = (tmp_path / f"{slug}.md").read_text()
+    assert text.startswith(f"# {name}\n")
+    assert "| Accuracy | failed (exit status 1) | 72 |" in text
+    assert text.index("| ordinary: loss |") < text.index("## Accuracy: failed (exit status 1)\n\n```\nsaid\n```")
+    assert ("computes nothing" in text) == (not computes)
