@@ -88,7 +88,10 @@ def logits(clean: Tensor, adv: Tensor, teacher: Tensor) -> None:
 
 
 def combinable(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Check that torch can combine two tensors: of two subclasses of Tensor, one must be a subclass of the other."""
+    """Check that torch can combine two tensors: of two subclasses of Tensor, one must be a subclass of the other.
+
+    While a graph is traced nothing is checked, because tracing puts types of its own in the place of the tensors.
+    """
     kind, other_kind = type(x), type(other)
     if kind is other_kind or kind in ORDINARY_TYPES or other_kind in ORDINARY_TYPES or is_traced():
         return

@@ -41,7 +41,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile's wrapper.
 
     A wrapper is kept if taking it off could lose something: if it is a subclass, has hooks, or has a ``forward`` of its
-    own. Wrappers are recognised by their exact type, because a module's ``__getattr__`` may pass attributes on.
+    own. Wrappers are recognised by their type and not by an attribute, because a module's ``__getattr__`` may pass
+    attributes on.
     """
     if hooks(module):
         return module

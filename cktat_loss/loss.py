@@ -53,7 +53,7 @@ class CKTATLoss(nn.Module):
     Raises:
         TypeError: an argument of the wrong type. The message names it, what came and what was wanted.
         ValueError: a wrong value; or a teacher that has no values yet, that cannot be copied, that is a graph exported
-            in train mode, or that has a function which refers to the original model.
+            in train mode, or that has a hook or function whose closure holds a module (a copy would call the original).
         RuntimeError: ``backend="triton"`` if the kernels cannot run.
 
     Examples:
