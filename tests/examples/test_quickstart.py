@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     folder, printed = tmp_path_factory.mktemp("finished"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        quickstart.main(["--epochs", "2", "--out", str(folder / "new" / "a.png")])
+        quickstart.main(["--epochs", "4", "--out", str(folder / "new" / "a.png")])
     return folder, "\n".join(printed)
 
 
@@ -45,8 +45,8 @@ def test_training_helps_against_the_attack(finished):
 
 def test_each_epoch_shows_both_loss_terms(finished):
     assert re.search(r"^teacher: epoch 5/5: loss \d", finished[1], re.MULTILINE)
-    rows = r"^student: epoch \d/2: guidance \d.*, consistency \d.*, clean \d.*%, PGD \d.*%$"
-    assert len(re.findall(rows, finished[1], re.MULTILINE)) == 2
+    rows = r"^student: epoch \d/4: guidance \d.*, consistency \d.*, clean \d.*%, PGD \d.*%$"
+    assert len(re.findall(rows, finished[1], re.MULTILINE)) == 4
 
 
 def test_the_picture_is_a_png_and_the_only_file(finished):
