@@ -114,47 +114,46 @@ def test_averaged_weights_come_first(digits, tmp_path):
     assert same(model, digits)
 
 
-OTHERS = {
-    "bare": lambda net: net.state_dict(),
-    "usual name": lambda net: {"state_dict": net.state_dict(), "arch": "resnet18", "epoch": 3},
-    "parallel": lambda net: {"model": {f"module.{name}": value for name, value in net.state_dict().items()}},
-}
-
-
-@pytest.mark.parametrize("kind", [*OTHERS, "old format", "safetensors", "timm"])
-def test_with_arch_any_file_of_weights_is_a_teacher(digits, tmp_path, kind):
-    path, arch = tmp_path / "weights.pth.tar", "digits"
-    net = digits[1]
-    if kind == "safetensors":
+@pytest.mark.parametrize("kind", ["usual name", "safetensors", "timm"])
+def test_with_arch_any_file_that_warm_start_reads_is_a_teacher(digits, tmp_path, kind):
+    path, arch, net = tmp_path / "weights.pth.tar", "digits", digits[1]
+    if kind == "usual name":
+        torch.save({"state_dict": net.state_dict(), "arch": "resnet18", "epoch": 3}, path)
+    elif kind == "safetensors":
         path = tmp_path / "weights.safetensors"
         pytest.importorskip("safetensors.torch").save_file(net.state_dict(), path)
-    elif kind == "old format":
-        torch.save(net.state_dict(), path, _use_new_zipfile_serialization=False)
-    elif kind == "timm":
+    else:
         arch, net = "timm:resnet10t", pytest.importorskip("timm").create_model("resnet10t", num_classes=10, in_chans=1)
         torch.save(net.state_dict(), path)
-    else:
-        torch.save(OTHERS[kind](net), path)
     model, saved = networks.from_checkpoint(path, arch, "digits", 10)
     assert same(model[1], net)
     assert saved == {"arch": arch, "dataset": "digits", "classes": 10}
 
 
-def test_weights_without_an_arch_are_refused(digits, tmp_path):
-    torch.save(digits[1].state_dict(), tmp_path / "w.pt")
-    with pytest.raises(UserError, match="is not a checkpoint of this train"):
-        networks.from_checkpoint(tmp_path / "w.pt")
+OF_0_2 = {"model": {}, "arch": "digits", "dataset": "digits", "classes": 10, "size": 8}
 
 
-def test_weights_that_do_not_fit_are_refused_with_the_first_names(tmp_path):
-    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"w.pt does not fit the network digits: (?s:.*)0\.weight(?s:.*)bias"):
-        networks.from_checkpoint(tmp_path / "w.pt", "digits", "digits", 10)
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (networks.build("digits", "digits", 10).state_dict(), (), "is not a checkpoint of this train"),
+        (OF_0_2, (), "is not a checkpoint of this train"),
+        (nn.Linear(2, 3).state_dict(), ("digits", "digits", 10), r"network digits: (?s:.*)0\.weight(?s:.*)bias"),
+    ],
+    ids=["weights without an arch", "a checkpoint of 0.2", "weights of another network"],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, arguments, message):
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=message):
+        networks.from_checkpoint(tmp_path / "best.pt", *arguments)
 
 
-def test_a_checkpoint_of_other_classes_is_refused(digits, tmp_path):
+def test_a_checkpoint_of_another_network_or_of_weights_that_are_not_finite_is_refused(digits, tmp_path):
     with pytest.raises(UserError, match="does not fit the network wrn-10-1"):
         networks.from_checkpoint(save(tmp_path / "best.pt", digits, arch="wrn-10-1"))
+    digits[1][0].weight.data[0] = torch.nan
+    with pytest.raises(UserError, match=r"weights that are not finite, first 1\.0\.weight"):
+        networks.from_checkpoint(save(tmp_path / "best.pt", digits))
 
 
 def flip(path):
@@ -199,19 +198,6 @@ def test_a_file_that_the_system_cannot_read_is_named(digits, tmp_path, monkeypat
         networks.from_checkpoint(path)
 
 
-def test_a_checkpoint_of_0_2_is_told(tmp_path):
-    torch.save({"model": {}, "arch": "digits", "dataset": "digits", "classes": 10, "size": 8}, tmp_path / "best.pt")
-    with pytest.raises(UserError, match="is not a checkpoint of this train"):
-        networks.from_checkpoint(tmp_path)
-
-
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         networks.from_checkpoint(tmp_path / "nothing")
-
-
-def test_weights_that_are_not_finite_are_refused(digits, tmp_path):
-    with torch.no_grad():
-        digits[1][0].weight[0] = torch.nan
-    with pytest.raises(UserError, match=r"weights that are not finite, first 1\.0\.weight"):
-        networks.from_checkpoint(save(tmp_path / "best.pt", digits))

@@ -221,11 +221,18 @@ def test_the_model_sees_nothing_outside_of_the_bounds(net, x, y, norm, outside):
 # No trace on the model
 
 
-def test_modes_are_put_back_module_by_module(net, x, y):
-    net.bn.eval()
-    before = [module.training for module in net.modules()]
-    pgd(net, x, y, **USUAL)
-    assert [module.training for module in net.modules()] == before
+@pytest.mark.parametrize(("loss", "forwards"), [("ce", 3), ("kl", 4)])
+def test_the_model_runs_in_eval_mode_and_stays_as_it_was(net, x, y, loss, forwards):
+    """Module by module. The clean logits of "kl" are computed once."""
+    net.dropout.eval()
+    modes = [module.training for module in net.modules()]
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    pgd(net, x, y, **USUAL, loss=loss)
+    assert len(net.modes) == forwards
+    assert not any(training for modes in net.modes for training in modes)
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_modes_are_put_back_after_an_exception(net, x, y):
@@ -234,33 +241,6 @@ def test_modes_are_put_back_after_an_exception(net, x, y):
     with pytest.raises(RuntimeError):
         pgd(net, x[..., :5], y, **USUAL)
     assert [module.training for module in net.modules()] == before
-
-
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_every_forward_is_in_eval_mode(net, x, y, loss):
-    pgd(net, x, y, **USUAL, loss=loss)
-    assert not any(training for modes in net.modes for training in modes)
-
-
-def test_batchnorm_statistics_do_not_move(net, x, y):
-    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    pgd(net, x, y, **USUAL, loss="kl")
-    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
-
-
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_parameters_get_no_gradients(net, x, y, loss):
-    pgd(net, x, y, **USUAL, loss=loss)
-    assert all(parameter.grad is None for parameter in net.parameters())
-
-
-# Cost
-
-
-@pytest.mark.parametrize(("loss", "forwards"), [("ce", 3), ("kl", 4)])
-def test_clean_logits_are_computed_once_at_most(net, x, y, loss, forwards):
-    pgd(net, x, y, **USUAL, loss=loss)
-    assert len(net.modes) == forwards
 
 
 # Company
