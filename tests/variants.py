@@ -100,13 +100,12 @@ FLOAT64 = pytest.param(torch.float64, marks=NOT_ON_KERNELS)  # which the kernels
 DTYPES = (FLOAT64, torch.float32, torch.float16, torch.bfloat16)
 
 rows, labelled, compiled = Variant(_rows), Variant(_total, labelled=True), Variant(_compiled)
-_EACH = [
+_UNLABELLED = [
     pytest.param(rows, id="rows"),
-    pytest.param(labelled, id="labels"),
     pytest.param(Variant(_plain_ops), id="plain", marks=NOT_ON_KERNELS),
     pytest.param(Variant(_transformed), id="transformed", marks=NOT_ON_KERNELS),
     pytest.param(Variant(partial(_differentiate, _sum_of_terms)), id="terms", marks=NOT_ON_KERNELS),
     pytest.param(Variant(_streaming), id="streaming", marks=ON_KERNELS),
 ]
-EACH_VARIANT = pytest.mark.parametrize("variant", _EACH)
-EACH_UNLABELLED_VARIANT = pytest.mark.parametrize("variant", [p for p in _EACH if p.values[0] is not labelled])
+EACH_UNLABELLED_VARIANT = pytest.mark.parametrize("variant", _UNLABELLED)
+EACH_VARIANT = pytest.mark.parametrize("variant", [pytest.param(labelled, id="labels"), *_UNLABELLED])
