@@ -91,8 +91,7 @@ def _streaming(*args: Any) -> Result:
     for some, run in ((slice(0, 2), _rows), (slice(2, 4), _total), (slice(4, None), _rows)):
         with in_chunks(args[0].shape[1]) if some.stop else nullcontext():
             parts.append(run(*(x[some] if isinstance(x, Tensor) and x.ndim else x for x in args)))
-    rows, d_clean, d_adv = map(torch.cat, zip(*parts, strict=True))
-    return rows, d_clean, d_adv
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 NOT_ON_KERNELS, ON_KERNELS = pytest.mark.not_on("interpreter", "gpu"), pytest.mark.not_on("torch")
