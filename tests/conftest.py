@@ -30,7 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # NumPy warns about lanes outside the mask.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     torch.set_num_threads(1)  # the CPU backend's blocks grow with the number of threads
-    backends.use(config.option.backend)
+    if config.option.backend != "torch":
+        backends.use(config.option.backend)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
