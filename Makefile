@@ -31,8 +31,9 @@ study: $(VENV)/.study  ## the methods compared on digits, in ten minutes (ARGS=-
 test-fast: $(VENV)/.test  ## lint, types and the tests of the library
 	$(MAKE) lint test-library
 
-test: $(VENV)/.test-all  ## all that CI checks: lint, docs, every test, and those of the loss again on the Triton kernels
-	$(MAKE) lint docs
+# tests/test_site.py builds the documentation, as docs does.
+test: $(VENV)/.test-all $(VENV)-docs/.done  ## all that CI checks: lint, every test, and those of the loss again on the Triton kernels
+	$(MAKE) lint
 	$(PYTEST) $(ARGS)
 	$(MAKE) test-triton
 

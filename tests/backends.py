@@ -16,8 +16,6 @@ from cktat_loss._backends import ORDINARY_TYPES
 
 def use(name: str) -> None:
     """Let ``_autograd.choose`` return the named backend for all CPU tensors that the Triton kernels can take."""
-    if name == "torch":
-        return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by deterministic algorithms on a GPU
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN, which shows what is never written
     wrap, choose = {"interpreter": _in_interpreter, "gpu": _on_gpu}[name], _autograd.choose

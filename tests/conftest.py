@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests: the run's backend, one thread, one seed, the same hypothesis examples.
+"""Options of all tests: the run's backend, one thread, one seed, the same hypothesis examples.
 
 ``pytest`` runs every test with the backends in PyTorch. ``pytest --backend=interpreter`` and ``--backend=gpu`` run the
 tests marked ``kernels`` with the Triton kernels, in Triton's interpreter or on a GPU. Each is a process of its own,
@@ -6,12 +6,10 @@ because Triton decides once per process how kernels run. ``not_on(backend, ...)`
 """
 
 import os
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tests import backends
 
@@ -32,7 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # NumPy warns about lanes outside the mask.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     torch.set_num_threads(1)  # the CPU backend's blocks grow with the number of threads
-    backends.use(config.option.backend)
+    if config.option.backend != "torch":
+        backends.use(config.option.backend)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,18 +50,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that are launched."""
-    from cktat_loss.kernels.launch import Plan
-
-    def counted(self: Any, *args: Any, launch: Any = Plan.launch) -> None:
-        names.append(self.kernel.__name__)
-        with _disable_current_modes():  # a dispatch mode must not see the interpreter's own operations
-            launch(self, *args)
-
-    names: list[str] = []
-    monkeypatch.setattr(Plan, "launch", counted)
-    return names

@@ -90,16 +90,14 @@ def test_the_teacher_is_frozen_in_a_graph_too(counter):
     assert not compiled(*make_batch()).requires_grad
 
 
-@pytest.mark.parametrize("first", ["tau", "beta"])
-def test_schedules_recompile_once(counter, first):
+def test_schedules_recompile_once(counter):
     """Floats become symbols when they first change; after that nothing compiles, whatever the value."""
     training, batch = Training(), make_batch()
     compiled = torch.compile(training.step, backend=counter, fullgraph=True)
     training.check(compiled, batch)
     assert counter.frame_count == 1
-    second = "beta" if first == "tau" else "tau"
-    for name, allowed in ((first, 2), (second, 3)):
-        for value in (3.1, 2.9, 1.0, 8, 0.25):
+    for name, allowed in (("tau", 2), ("beta", 3)):
+        for value in (3.1, 1.0, 8, 0.25):
             setattr(training.criterion, name, value)
             training.check(compiled, batch)
             assert counter.frame_count <= allowed, (name, value)
@@ -180,17 +178,18 @@ def test_autocast_to_bfloat16(counter):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
-def test_small_and_large_kl_in_a_graph(counter, scale, reduction):
+def test_small_and_large_kl_in_a_graph(counter, reduction):
     """No branch on data is left there, so its numbers are checked apart, against float64."""
-    clean = torch.randn(8, CLASSES) * 10
-    logits = [clean, clean + scale * torch.randn(8, CLASSES), clean + scale * torch.randn(8, CLASSES)]
 
     def loss(clean, adv, teacher):
         return functional.cktat_loss(clean, adv, teacher, tau=1.0, beta=2.3, reduction=reduction)
 
-    actual = torch.compile(loss, backend=counter, fullgraph=True)(*logits)
-    torch.testing.assert_close(actual, loss(*(x.double() for x in logits)).float(), rtol=1e-3, atol=1e-12)
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for scale in (1e-4, 1.0, 100.0):
+        clean = torch.randn(8, CLASSES) * 10
+        logits = [clean, clean + scale * torch.randn(8, CLASSES), clean + scale * torch.randn(8, CLASSES)]
+        expected = loss(*(x.double() for x in logits)).float()
+        torch.testing.assert_close(compiled(*logits), expected, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.skipif(TORCH < (2, 14), reason="older aot_eager keeps what could be made of the logits again")

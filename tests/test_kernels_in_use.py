@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from cktat_loss import CKTATLoss, _autograd, functional, kernels
 from tests import oracle
@@ -35,6 +35,20 @@ def loss_of(*inputs: Tensor, **options: Any) -> Any:
 def held(loss: Tensor) -> list[Tensor | None]:
     """The gradients that the forward pass has made."""
     return list(loss.grad_fn.precomputed)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched."""
+
+    def counted(self: Any, *args: Any, launch: Any = launch.Plan.launch) -> None:
+        names.append(self.kernel.__name__)
+        with _disable_current_modes():  # a dispatch mode must not see the interpreter's own operations
+            launch(self, *args)
+
+    names: list[str] = []
+    monkeypatch.setattr(launch.Plan, "launch", counted)
+    return names
 
 
 # When.

@@ -11,11 +11,11 @@ from tests.variants import EACH_VARIANT, FLOAT64, NOT_ON_KERNELS, Variant, compi
 pytestmark = pytest.mark.kernels
 
 INF, NAN = float("inf"), float("nan")
-DTYPES = (FLOAT64, torch.float32, torch.float16)
 # Few calls, one block, several.
 WIDTHS = (10, 500, pytest.param(3000, marks=pytest.mark.not_on("interpreter")))
 ROWS = 24
-ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ALL_DTYPES = pytest.mark.parametrize("dtype", [FLOAT64, torch.float32, torch.float16], ids=str)
+SINGLE_AND_DOUBLE = pytest.mark.parametrize("dtype", [FLOAT64, torch.float32], ids=str)
 ALL_WIDTHS = pytest.mark.parametrize("width", WIDTHS)
 
 
@@ -32,7 +32,7 @@ def a_third(width: int) -> Tensor:
 
 
 @EACH_VARIANT
-@ALL_DTYPES
+@SINGLE_AND_DOUBLE
 @ALL_WIDTHS
 @pytest.mark.parametrize("masked", ["cat", "t", "c", "ct", "cat+t", "cat+c"])
 def test_masks_that_leave_an_answer(masked: str, width: int, dtype: torch.dtype, variant: Variant) -> None:
@@ -72,14 +72,13 @@ def test_a_tiny_kl_under_masks(width: int, dtype: torch.dtype, variant: Variant)
 @EACH_VARIANT
 @ALL_DTYPES
 @ALL_WIDTHS
-@pytest.mark.parametrize("beta", [5.3, 0.7])
-def test_masked_in_the_adversarial_alone(beta: float, width: int, dtype: torch.dtype, variant: Variant) -> None:
+def test_masked_in_the_adversarial_alone(width: int, dtype: torch.dtype, variant: Variant) -> None:
     """Probability where the prediction rules it out: infinitely wrong, and so said."""
     c, a, t = logits(width, dtype)
-    a[5, 2] = a[7, 3] = t[7, 3] = a[9, 4] = c[9, 4] = -INF  # in all but a, in c alone, in t alone
-    rows, d_clean, d_adv = variant(c, a, t, 0.7, beta)
-    assert (rows[[5, 7, 9]] == INF).all()
-    assert_others_unharmed([5, 7, 9], (rows, d_clean, d_adv), variant.truth(c, a, t, 0.7, beta), dtype)
+    a[1, 2] = a[2, 3] = t[2, 3] = a[21, 4] = c[21, 4] = -INF  # not in c and t, not in c, not in t
+    rows, d_clean, d_adv = variant(c, a, t, 0.7, 5.3)
+    assert (rows[[1, 2, 21]] == INF).all()
+    assert_others_unharmed([1, 2, 21], (rows, d_clean, d_adv), variant.truth(c, a, t, 0.7, 5.3), dtype)
 
 
 @EACH_VARIANT
@@ -89,11 +88,11 @@ def test_masked_in_the_adversarial_alone(beta: float, width: int, dtype: torch.d
 def test_no_answer(bad: str, width: int, dtype: torch.dtype, variant: Variant) -> None:
     """A row without an answer in any one input is NaN, as are its gradients for that input."""
     args = logits(width, dtype)
-    for row, x in zip((5, 13, 21), args, strict=True):
+    for row, x in zip((1, 3, 21), args, strict=True):
         x[row, slice(None) if bad == "all masked" else 4] = {"all masked": -INF, "NaN": NAN, "+inf": INF}[bad]
     rows, d_clean, d_adv = variant(*args, 0.7, 5.3)
-    assert rows[[5, 13, 21]].isnan().all()
-    assert_others_unharmed([5, 13, 21], (rows, d_clean, d_adv), variant.truth(*args, 0.7, 5.3), dtype)
+    assert rows[[1, 3, 21]].isnan().all()
+    assert_others_unharmed([1, 3, 21], (rows, d_clean, d_adv), variant.truth(*args, 0.7, 5.3), dtype)
 
 
 def assert_others_unharmed(

@@ -52,7 +52,7 @@ def test_empty_batch(classes: int, dtype: torch.dtype) -> None:
 
 @EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 5, 10000])
+@pytest.mark.parametrize("n", [1, 5, 300])
 def test_one_class(n: int, dtype: torch.dtype, variant: Variant) -> None:
     clean, adv, teacher = (30 * torch.randn(3, n, 1)).to(dtype)
     for result in variant(clean, adv, teacher, 0.7, 5.3):

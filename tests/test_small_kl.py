@@ -61,8 +61,8 @@ def test_small_rows_among_others(variant: Variant) -> None:
 @EACH_VARIANT
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_never_negative(shape: tuple[int, int], variant: Variant) -> None:
-    for gap in (0.0, 1e-7, 1e-5, 1e-4):
-        for scale in (0.05, 1, 20):
+    for gap in (1e-7, 1e-5, 1e-4):
+        for scale in (0.05, 20):
             clean, adv, teacher = (scale * x for x in nearly_equal(shape, gap))
             assert (variant(clean, adv, teacher, 1.0, 1.0)[0] >= 0).all()
 
@@ -80,12 +80,9 @@ def test_never_negative_in_float64(variant: Variant) -> None:
 
 @EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equal_predictions_are_exactly_zero(
-    shape: tuple[int, int], tau: float, dtype: torch.dtype, variant: Variant
-) -> None:
-    for scale in (0.3, 5, 60):
+def test_equal_predictions_are_exactly_zero(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> None:
+    for scale, tau in ((0.3, 1.0), (5, 2.0), (60, 2.0)):
         logits = (scale * torch.randn(shape)).to(dtype)
         for result in variant(logits, logits, logits * tau, tau, 5.3):
             assert (result == 0).all(), f"scale {scale}: {result.abs().max()}"

@@ -181,13 +181,12 @@ def test_labels_and_terms_cost_three_values_a_row(shape: tuple[int, int]) -> Non
     assert both.traffic.bytes_outside() == 0
 
 
-@pytest.mark.parametrize("wrong", [-100, -1, 10, 5003, 2**31 + 3, 2**62])
-@pytest.mark.parametrize("classes", [10, 5003])
+@pytest.mark.parametrize(
+    ("classes", "wrong"), [(c, wrong) for c in (10, 5003) for wrong in (-100, -1, c, 2**31 + 3, 2**62)]
+)
 def test_a_label_that_is_no_class_reads_nobody_elses_memory(
     classes: int, wrong: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if wrong < classes and wrong > 0:
-        pytest.skip("is a class here")
     monkeypatch.setattr("cktat_loss._checks.is_traced", lambda: True)  # as on a GPU, where no label is looked at
     done = run(STEPS["training"], (3, classes), y=torch.tensor([0, wrong, classes - 1]))
     assert done.traffic.bytes_outside() == 0

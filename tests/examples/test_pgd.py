@@ -5,17 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from pgd import check, direction, fraction, pgd
 from torch import nn
 
-from tests.examples_path import imported
-
 USUAL = {"eps": 0.1, "step": 0.05, "steps": 3}
-
-
-@pytest.fixture(scope="module")
-def attack():
-    with imported("pgd") as modules:
-        yield modules.pgd
 
 
 class Net(nn.Module):
@@ -84,13 +77,13 @@ def trades_attack(model, x, *, eps, step, steps, start):
     random_start=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_images_stay_in_the_ball_and_in_0_1(attack, norm, loss, share, step, steps, random_start, dtype):
+def test_images_stay_in_the_ball_and_in_0_1(norm, loss, share, step, steps, random_start, dtype):
     eps = 1e-6 + share * (0.99 if norm == "linf" else 3)
     model, y = linear(dtype=dtype), torch.tensor([0, 1, 2, 0, 1])
     x = torch.rand(5, 6, dtype=dtype)
     x[0], x[1] = 0, 1
     how = {"norm": norm, "loss": loss, "start": None if random_start else x}
-    x_adv = attack.pgd(model, x, y, eps=eps, step=step, steps=steps, **how)
+    x_adv = pgd(model, x, y, eps=eps, step=step, steps=steps, **how)
     assert (lengths(x_adv - x, norm) <= eps + 1e-6).all()
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
@@ -99,12 +92,12 @@ def test_images_stay_in_the_ball_and_in_0_1(attack, norm, loss, share, step, ste
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_images_come_out_in_float32(attack, net, x, y, dtype):
-    assert attack.pgd(net, x.to(dtype), y, **USUAL).dtype == torch.float32
+def test_images_come_out_in_float32(net, x, y, dtype):
+    assert pgd(net, x.to(dtype), y, **USUAL).dtype == torch.float32
 
 
-def test_a_batch_of_none(attack, net, x, y):
-    assert attack.pgd(net, x[:0], y[:0], **USUAL, norm="l2").shape == (0, 1, 8, 8)
+def test_a_batch_of_none(net, x, y):
+    assert pgd(net, x[:0], y[:0], **USUAL, norm="l2").shape == (0, 1, 8, 8)
 
 
 # Strength
@@ -118,10 +111,10 @@ def two_classes(weight):
     return model
 
 
-def test_one_linf_step_reaches_the_optimum_of_a_linear_model(attack):
+def test_one_linf_step_reaches_the_optimum_of_a_linear_model():
     weight = torch.tensor([0.5, -2.0, 1e-3, -1e-3, 3.0, -0.1])
     x, y = torch.rand(20, 6), torch.zeros(20, dtype=torch.long)
-    x_adv = attack.pgd(two_classes(weight), x, y, eps=0.3, step=0.3, steps=1, start=x)
+    x_adv = pgd(two_classes(weight), x, y, eps=0.3, step=0.3, steps=1, start=x)
     torch.testing.assert_close(x_adv, (x + 0.3 * weight.sign()).clamp(0, 1))
 
 
@@ -132,33 +125,33 @@ def test_one_linf_step_reaches_the_optimum_of_a_linear_model(attack):
     steps=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
-def test_the_loss_does_not_fall_below_the_clean_one_on_a_linear_model(attack, norm, eps, step, steps, seed):
+def test_the_loss_does_not_fall_below_the_clean_one_on_a_linear_model(norm, eps, step, steps, seed):
     model, y = linear(), torch.tensor([0, 1, 2, 0, 1])
     x = 0.3 + 0.4 * torch.rand(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    x_adv = attack.pgd(model, x, y, eps=eps, step=step, steps=steps, norm=norm, start=x)
+    x_adv = pgd(model, x, y, eps=eps, step=step, steps=steps, norm=norm, start=x)
     before, after = (F.cross_entropy(model(images), y, reduction="none") for images in (x, x_adv))
     assert (after >= before - 1e-12).all()
     assert after.sum() > before.sum()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_an_image_does_not_notice_the_others_of_its_batch(attack, net, x, y, norm):
+def test_an_image_does_not_notice_the_others_of_its_batch(net, x, y, norm):
     start = (x + 0.02 * torch.randn_like(x)).clamp(0, 1)
-    together = attack.pgd(net, x, y, **USUAL, norm=norm, start=start)
+    together = pgd(net, x, y, **USUAL, norm=norm, start=start)
     for i in range(4):
         one = slice(i, i + 1)
-        alone = attack.pgd(net, x[one], y[one], **USUAL, norm=norm, start=start[one])
+        alone = pgd(net, x[one], y[one], **USUAL, norm=norm, start=start[one])
         torch.testing.assert_close(together[one], alone)
 
 
 @pytest.mark.parametrize("scale", [1e-39, 1e-25, 1.0, 1e25])
-def test_an_l2_step_is_as_long_whatever_the_gradients_scale(attack, scale):
+def test_an_l2_step_is_as_long_whatever_the_gradients_scale(scale):
     """A saturated model's gradients are so small that their squares are zero, in float32."""
-    step = attack.direction(scale * torch.tensor([[3.0, -4.0]]), "l2")
+    step = direction(scale * torch.tensor([[3.0, -4.0]]), "l2")
     torch.testing.assert_close(step, torch.tensor([[0.6, -0.8]]), rtol=1e-4, atol=0)
 
 
-def test_the_kl_attack_is_that_of_trades(attack):
+def test_the_kl_attack_is_that_of_trades():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 10)).double()
     with torch.no_grad():
@@ -166,12 +159,12 @@ def test_the_kl_attack_is_that_of_trades(attack):
     x = 0.1 + 0.8 * torch.rand(50, 6, dtype=torch.float64)
     start = x + 0.001 * torch.randn_like(x)
     wide = {"eps": 0.6, "step": 0.2, "steps": 6}  # close to x, the KL's other direction would lead to the same place
-    ours = attack.pgd(model, x, torch.zeros(50, dtype=torch.long), **wide, loss="kl", start=start)
+    ours = pgd(model, x, torch.zeros(50, dtype=torch.long), **wide, loss="kl", start=start)
     torch.testing.assert_close(ours, trades_attack(model, x, **wide, start=start))
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-def test_a_function_is_a_loss_too(attack, reduced):
+def test_a_function_is_a_loss_too(reduced):
     """Here the label's logit, against the cross-entropy. On a linear model, one step goes to its best point."""
     model, y = linear(), torch.tensor([0, 1, 2, 0, 1])
     x = 0.3 + 0.4 * torch.rand(5, 6, dtype=torch.float64)
@@ -180,32 +173,32 @@ def test_a_function_is_a_loss_too(attack, reduced):
         value = logits.gather(1, y[:, None]).squeeze(1)
         return value.sum() if reduced else value
 
-    x_adv = attack.pgd(model, x, y, eps=0.1, step=0.1, steps=1, loss=loss, start=x)
+    x_adv = pgd(model, x, y, eps=0.1, step=0.1, steps=1, loss=loss, start=x)
     torch.testing.assert_close(x_adv, x + 0.1 * model.weight[y].sign())
 
 
 # Starts
 
 
-def test_torch_manual_seed_repeats_a_random_start(attack, net, x, y):
+def test_torch_manual_seed_repeats_a_random_start(net, x, y):
     runs = []
     for _ in range(2):
         torch.manual_seed(5)
-        runs.append(attack.pgd(net, x, y, **USUAL, norm="l2"))
+        runs.append(pgd(net, x, y, **USUAL, norm="l2"))
     assert torch.equal(*runs)
 
 
-def test_random_starts_fill_the_linf_ball(attack):
+def test_random_starts_fill_the_linf_ball():
     x = torch.full((5000, 2), 0.5)
-    x_adv = attack.pgd(two_classes(torch.ones(2)), x, torch.zeros(5000, dtype=torch.long), eps=0.4, step=1e-6, steps=1)
+    x_adv = pgd(two_classes(torch.ones(2)), x, torch.zeros(5000, dtype=torch.long), eps=0.4, step=1e-6, steps=1)
     change = x_adv - x
     assert change.abs().max() > 0.39
     assert change.std().item() == pytest.approx(0.4 / 3**0.5, rel=0.03)
 
 
-def test_random_starts_fill_the_l2_ball(attack):
+def test_random_starts_fill_the_l2_ball():
     x, y = torch.full((5000, 2), 0.5), torch.zeros(5000, dtype=torch.long)
-    x_adv = attack.pgd(two_classes(torch.ones(2)), x, y, eps=0.4, step=1e-6, steps=1, norm="l2")
+    x_adv = pgd(two_classes(torch.ones(2)), x, y, eps=0.4, step=1e-6, steps=1, norm="l2")
     radius = lengths(x_adv - x, "l2")
     assert (radius < 0.2).double().mean().item() == pytest.approx(0.25, abs=0.03)  # a quarter of the disc's area
     assert (x_adv - x).mean(0).abs().max() < 0.02
@@ -213,11 +206,11 @@ def test_random_starts_fill_the_l2_ball(attack):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("outside", [True, False])
-def test_the_model_sees_nothing_outside_of_the_bounds(attack, net, x, y, norm, outside):
+def test_the_model_sees_nothing_outside_of_the_bounds(net, x, y, norm, outside):
     """From the first step on, with a given start outside of the ball and with a random one."""
     seen = []
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    attack.pgd(net, x, y, **USUAL, norm=norm, start=1.5 - x if outside else None)
+    pgd(net, x, y, **USUAL, norm=norm, start=1.5 - x if outside else None)
     assert len(seen) == 3
     for images in seen:
         assert (lengths(images - x, norm) <= 0.1 + 1e-6).all()
@@ -228,55 +221,35 @@ def test_the_model_sees_nothing_outside_of_the_bounds(attack, net, x, y, norm, o
 # No trace on the model
 
 
-def test_modes_are_put_back_module_by_module(attack, net, x, y):
-    net.bn.eval()
-    before = [module.training for module in net.modules()]
-    attack.pgd(net, x, y, **USUAL)
-    assert [module.training for module in net.modules()] == before
-
-
-def test_modes_are_put_back_after_an_exception(attack, net, x, y):
-    net.bn.eval()
-    before = [module.training for module in net.modules()]
-    with pytest.raises(RuntimeError):
-        attack.pgd(net, x[..., :5], y, **USUAL)
-    assert [module.training for module in net.modules()] == before
-
-
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_every_forward_is_in_eval_mode(attack, net, x, y, loss):
-    attack.pgd(net, x, y, **USUAL, loss=loss)
+@pytest.mark.parametrize(("loss", "forwards"), [("ce", 3), ("kl", 4)])
+def test_the_model_runs_in_eval_mode_and_stays_as_it_was(net, x, y, loss, forwards):
+    """Module by module. The clean logits of "kl" are computed once."""
+    net.dropout.eval()
+    modes = [module.training for module in net.modules()]
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    pgd(net, x, y, **USUAL, loss=loss)
+    assert len(net.modes) == forwards
     assert not any(training for modes in net.modes for training in modes)
-
-
-def test_batchnorm_statistics_do_not_move(attack, net, x, y):
-    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    attack.pgd(net, x, y, **USUAL, loss="kl")
-    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
-
-
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_parameters_get_no_gradients(attack, net, x, y, loss):
-    attack.pgd(net, x, y, **USUAL, loss=loss)
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-# Cost
-
-
-@pytest.mark.parametrize(("loss", "forwards"), [("ce", 3), ("kl", 4)])
-def test_clean_logits_are_computed_once_at_most(attack, net, x, y, loss, forwards):
-    attack.pgd(net, x, y, **USUAL, loss=loss)
-    assert len(net.modes) == forwards
+def test_modes_are_put_back_after_an_exception(net, x, y):
+    net.bn.eval()
+    before = [module.training for module in net.modules()]
+    with pytest.raises(RuntimeError):
+        pgd(net, x[..., :5], y, **USUAL)
+    assert [module.training for module in net.modules()] == before
 
 
 # Company
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_autocast(attack, net, x, y, loss):
+def test_autocast(net, x, y, loss):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        x_adv = attack.pgd(net, x, y, **USUAL, loss=loss)
+        x_adv = pgd(net, x, y, **USUAL, loss=loss)
         loss = net(x_adv).float().logsumexp(1).sum()
     assert x_adv.dtype == torch.float32
     assert (lengths(x_adv - x, "linf") > 0.09).all()
@@ -284,13 +257,13 @@ def test_autocast(attack, net, x, y, loss):
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_a_compiled_model(attack, net, x, y):
+def test_a_compiled_model(net, x, y):
     compiled = torch.compile(net, backend="eager")
     net.bn.eval()
     before = [module.training for module in net.modules()]
-    x_adv = attack.pgd(compiled, x, y, **USUAL, start=x)
+    x_adv = pgd(compiled, x, y, **USUAL, start=x)
     assert [module.training for module in net.modules()] == before
-    torch.testing.assert_close(x_adv, attack.pgd(net, x, y, **USUAL, start=x))
+    torch.testing.assert_close(x_adv, pgd(net, x, y, **USUAL, start=x))
 
 
 # Bad arguments
@@ -313,17 +286,17 @@ def test_a_compiled_model(attack, net, x, y):
         ({"x": torch.full((4, 1, 8, 8), 255, dtype=torch.uint8)}, r"got \[255, 255"),
     ],
 )
-def test_bad_arguments_are_named(attack, net, x, y, change, message):
+def test_bad_arguments_are_named(net, x, y, change, message):
     with pytest.raises(ValueError, match=message):
-        attack.pgd(net, **{"x": x, "y": y, **USUAL, **change})
+        pgd(net, **{"x": x, "y": y, **USUAL, **change})
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3)])
-def test_numbers_can_be_fractions(attack, text, value):
-    assert attack.fraction(text) == value
+def test_numbers_can_be_fractions(text, value):
+    assert fraction(text) == value
 
 
 @pytest.mark.parametrize("text", ["8/", "/255", "eight", "", "8/2/5", "8/0"])
-def test_what_is_no_number_is_refused(attack, text):
+def test_what_is_no_number_is_refused(text):
     with pytest.raises(ValueError, match=r"."):
-        attack.check(attack.fraction(text), "linf")
+        check(fraction(text), "linf")

@@ -4,15 +4,15 @@ import importlib
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.examples_path import EXAMPLES
-
-pytest.importorskip("sklearn")
-MIGRATION = EXAMPLES.parent / "docs" / "migrate_from_trades.md"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "plug_in"
+MIGRATION = ROOT / "docs" / "migrate_from_trades.md"
 NEEDS = {"accelerate": "accelerate", "art": "art", "fabric": "lightning", "lightning": "lightning"}
 NEEDS |= {"torchattacks": "torchattacks", "trades": "torch"}
 
@@ -21,12 +21,12 @@ NEEDS |= {"torchattacks": "torchattacks", "trades": "torch"}
 @pytest.mark.filterwarnings("ignore")  # of the libraries, about one another
 def test_each_script_runs_and_makes_its_student_robust(name, monkeypatch, capsys):
     pytest.importorskip(NEEDS[name])
-    monkeypatch.syspath_prepend(str(EXAMPLES / "plug_in"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.delitem(sys.modules, "yours", raising=False)  # each script trains a teacher and a student of its own
     yours = importlib.import_module("yours")
     yours.report(yours.student.train())
     yours.report(yours.teacher.train())
-    runpy.run_path(str(EXAMPLES / "plug_in" / f"with_{name}.py"), run_name="__main__")
+    runpy.run_path(str(SCRIPTS / f"with_{name}.py"), run_name="__main__")
     monkeypatch.delitem(sys.modules, "yours")
     numbers = re.findall(r"^clean ([\d.]+)%, under PGD ([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
     _, (_, teacher), (clean, student) = [tuple(map(float, pair)) for pair in numbers]
@@ -35,7 +35,7 @@ def test_each_script_runs_and_makes_its_student_robust(name, monkeypatch, capsys
 
 
 def test_every_script_is_tested():
-    assert {path.stem.removeprefix("with_") for path in (EXAMPLES / "plug_in").glob("with_*.py")} == set(NEEDS)
+    assert {path.stem.removeprefix("with_") for path in SCRIPTS.glob("with_*.py")} == set(NEEDS)
 
 
 @pytest.fixture(scope="module")

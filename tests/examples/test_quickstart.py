@@ -3,26 +3,21 @@
 import re
 import sys
 
+import images
 import pytest
+import quickstart
 import torch
 
-from tests.examples_path import imported
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("pyautoattack")
-pytest.importorskip("sklearn")
-pytest.importorskip("torchvision")
-
-
-@pytest.fixture(scope="module")
-def quickstart():
-    with imported("images", "networks", "quickstart") as modules, pytest.MonkeyPatch.context() as patch:
-        load = modules.images.load
-        # 600 training, 40 validation and 100 test images: every digit is among them.
-        few = lambda name: [torch.utils.data.Subset(load(name)[i], range(n)) for i, n in ((0, 600), (1, 40), (2, 100))]  # noqa: E731
-        patch.setattr(modules.images, "load", few)
-        patch.setattr(modules.quickstart, "TEACHER_EPOCHS", 5)
-        yield modules.quickstart
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    """600 training, 40 validation and 100 test images: every digit is among them."""
+    parts = images.load("digits")
+    few = [torch.utils.data.Subset(parts[i], range(n)) for i, n in ((0, 600), (1, 40), (2, 100))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "load", lambda name: few)
+        patch.setattr(quickstart, "TEACHER_EPOCHS", 5)
+        yield
 
 
 def table(output):
@@ -30,12 +25,12 @@ def table(output):
 
 
 @pytest.fixture(scope="module")
-def finished(quickstart, tmp_path_factory):
+def finished(tmp_path_factory):
     """A short run: its folder and its output."""
     folder, printed = tmp_path_factory.mktemp("finished"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        quickstart.main(["--epochs", "2", "--out", str(folder / "new" / "a.png")])
+        quickstart.main(["--epochs", "4", "--out", str(folder / "new" / "a.png")])
     return folder, "\n".join(printed)
 
 
@@ -50,8 +45,8 @@ def test_training_helps_against_the_attack(finished):
 
 def test_each_epoch_shows_both_loss_terms(finished):
     assert re.search(r"^teacher: epoch 5/5: loss \d", finished[1], re.MULTILINE)
-    rows = r"^student: epoch \d/2: guidance \d.*, consistency \d.*, clean \d.*%, PGD \d.*%$"
-    assert len(re.findall(rows, finished[1], re.MULTILINE)) == 2
+    rows = r"^student: epoch \d/4: guidance \d.*, consistency \d.*, clean \d.*%, PGD \d.*%$"
+    assert len(re.findall(rows, finished[1], re.MULTILINE)) == 4
 
 
 def test_the_picture_is_a_png_and_the_only_file(finished):
@@ -60,7 +55,7 @@ def test_the_picture_is_a_png_and_the_only_file(finished):
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_the_student_starts_as_its_teacher_and_the_teacher_stays(quickstart):
+def test_the_student_starts_as_its_teacher_and_the_teacher_stays():
     teacher, student = quickstart.digit_net(), quickstart.digit_net()
     quickstart.warm_start(student, teacher)
     criterion = quickstart.CKTATLoss(teacher, **quickstart.RECIPES["adaptive"])
@@ -76,7 +71,7 @@ def test_the_student_starts_as_its_teacher_and_the_teacher_stays(quickstart):
     assert all(torch.equal(value, before[name]) for name, value in criterion.teacher.state_dict().items())
 
 
-def test_a_collapse_is_warned_of(quickstart, monkeypatch, tmp_path, capsys):
+def test_a_collapse_is_warned_of(monkeypatch, tmp_path, capsys):
     shares = iter([[98.0, 0.0, 0.0], [10.0, 10.0, 10.0]])
     monkeypatch.setattr(quickstart, "attacked", lambda *_: next(shares))
     monkeypatch.setattr(quickstart, "fit", lambda *_: iter([(1, 0.0)]))
@@ -89,7 +84,7 @@ def test_a_collapse_is_warned_of(quickstart, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options", [["--eps", "8"], ["--eps", "0"], ["--epochs", "0"], ["--out", "a.jpg"], ["--recipe", "x"]]
 )
-def test_options_that_make_no_sense_are_refused(quickstart, capsys, options):
+def test_options_that_make_no_sense_are_refused(capsys, options):
     with pytest.raises(SystemExit) as stop:
         quickstart.main(options)
     assert stop.value.code == 2
@@ -97,7 +92,7 @@ def test_options_that_make_no_sense_are_refused(quickstart, capsys, options):
 
 
 @pytest.mark.parametrize(("module", "package"), [("pyautoattack", "pyautoattack"), ("matplotlib", "matplotlib")])
-def test_a_missing_package_is_named(quickstart, monkeypatch, module, package):
+def test_a_missing_package_is_named(monkeypatch, module, package):
     for loaded in [*sys.modules]:
         if loaded.partition(".")[0] == module:
             monkeypatch.delitem(sys.modules, loaded)

@@ -4,15 +4,16 @@ import re
 import shlex
 from pathlib import Path
 
+import evaluate
+import images
+import pyautoattack
 import pytest
 import torch
+import train
 from torch.utils.data import TensorDataset
 
-from tests.examples_path import EXAMPLES, imported
-
-pytest.importorskip("pyautoattack")
-pytest.importorskip("torchvision")
-pytest.importorskip("tqdm")
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"train": train, "evaluate": evaluate}
 
 # Appended, so that it has the last word. A CPU takes minutes for an epoch in bf16.
 SHORTER = {
@@ -27,46 +28,38 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
-def made_up(images):
-    """Return a function that makes a few images of noise, of the data set's shape."""
-
-    def load(name, root="data", *, download=False):
-        channels, size, *_ = images.SETS[name]
-        parts = (TensorDataset(torch.rand(n, channels, size, size), torch.arange(n) % 10) for n in (2, 2, 2))
-        return images.Data(*parts, 10)
-
-    return load
+def noise(name, root="data", *, download=False):
+    """Return a few images of noise, of the data set's shape."""
+    channels, size, *_ = images.SETS[name]
+    parts = (TensorDataset(torch.rand(n, channels, size, size), torch.arange(n) % 10) for n in (2, 2, 2))
+    return images.Data(*parts, 10)
 
 
 @pytest.fixture
-def examples(monkeypatch):
-    """The scripts, with made-up images and attacks of few steps."""
-    with imported("images", "networks", "evaluate", "train") as modules:
-        load = made_up(modules.images)
-        monkeypatch.setattr(modules.images, "load", load)
-        monkeypatch.setattr(modules.train, "load", load)
-        pyautoattack = pytest.importorskip("pyautoattack")
-        genuine = pyautoattack.AutoAttack
+def shorter(monkeypatch):
+    """Give the scripts images of noise and attacks of few steps."""
+    genuine, pgd = pyautoattack.AutoAttack, evaluate.pgd
 
-        def quick(*arguments, **options):
-            auto = genuine(*arguments, **options)
-            auto.apgd.n_iter = auto.apgd_targeted.n_iter = auto.fab.n_iter = auto.square.n_queries = 1
-            return auto
+    def quick(*arguments, **options):
+        auto = genuine(*arguments, **options)
+        auto.apgd.n_iter = auto.apgd_targeted.n_iter = auto.fab.n_iter = auto.square.n_queries = 1
+        return auto
 
-        monkeypatch.setattr(pyautoattack, "AutoAttack", quick)
-        pgd = modules.evaluate.pgd
-        monkeypatch.setattr(modules.evaluate, "pgd", lambda *a, **how: pgd(*a, **{**how, "steps": 1}))
-        yield modules
+    monkeypatch.setattr(images, "load", noise)
+    monkeypatch.setattr(train, "load", noise)
+    monkeypatch.setattr(pyautoattack, "AutoAttack", quick)
+    monkeypatch.setattr(evaluate, "pgd", lambda *a, **how: pgd(*a, **{**how, "steps": 1}))
 
 
-def test_the_commands_of_examples_readme_run_one_after_the_other(examples, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("shorter")
+def test_the_commands_of_examples_readme_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = []
-    for start, *words in commands(EXAMPLES / "README.md"):
+    for start, *words in commands(ROOT / "examples" / "README.md"):
         words = words[1:] if start == "torchrun" else words
         name = Path(words[0]).stem
         assert words[0] == f"examples/{name}.py"
-        getattr(examples, name).main([*words[1:], *SHORTER[name]])
+        SCRIPTS[name].main([*words[1:], *SHORTER[name]])
         ran.append(name)
     assert ran == [*("train", "train", "evaluate"), *(4 * ["train"]), *("train", "train", "evaluate")]
     assert {path.name for path in Path("out/student").iterdir()} == {
@@ -75,22 +68,23 @@ def test_the_commands_of_examples_readme_run_one_after_the_other(examples, tmp_p
     assert Path("out/digits/evaluation-linf-0.2.json").exists()
 
 
-def test_the_usage_lines_of_the_scripts_are_read_by_them(examples):
+def test_the_usage_lines_of_the_scripts_are_read_by_them():
     """The first words of each docstring are commands too."""
-    for name in ("train", "evaluate"):
-        text = getattr(examples, name).__doc__
-        lines = re.findall(rf"^    (?:python|torchrun \S+) examples/{name}\.py (.*?)(?:   .*)?$", text, re.MULTILINE)
+    for name, script in SCRIPTS.items():
+        lines = re.findall(
+            rf"^    (?:python|torchrun \S+) examples/{name}\.py (.*?)(?:   .*)?$", script.__doc__, re.MULTILINE
+        )
         assert len(lines) >= 3
         if name == "train":
             for line in lines:
-                assert line == "..." or examples.train.parse(shlex.split(line))
+                assert line == "..." or train.parse(shlex.split(line))
 
 
 @pytest.mark.parametrize(
     "page", ["README.md", "docs/getting_started.md", "docs/migrate_from_trades.md", "docs/recipes.md"]
 )
 def test_examples_that_pages_name_exist(page):
-    text = (EXAMPLES.parent / page).read_text()
+    text = (ROOT / page).read_text()
     named = set(re.findall(r"examples/[\w/]+\.(?:py|md)", text))
     assert named or page == "docs/recipes.md"
-    assert not [name for name in named if not (EXAMPLES.parent / name).exists()]
+    assert not [name for name in named if not (ROOT / name).exists()]

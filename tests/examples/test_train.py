@@ -13,15 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import train
+from images import load
 from torch import nn
 from torch.utils.data import Subset
 
-from tests.examples_path import EXAMPLES, imported
-
-pytest.importorskip("sklearn")
-pytest.importorskip("torchvision")
-pytest.importorskip("tqdm")
-
+EXAMPLES = Path(train.__file__).parent
 DIGITS = shlex.split("--dataset digits --batch 32 --workers 0 --steps 1 --eps 0.1 --epochs 1 --device cpu")
 
 
@@ -36,22 +33,22 @@ def few(load):
     return part
 
 
-@pytest.fixture(scope="module")
-def train():
-    with imported("images", "networks", "train") as modules, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modules.train, "load", few(modules.images.load))
-        yield modules.train
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load", few(load))
+        yield
 
 
 @pytest.fixture(scope="module")
-def teacher(train, tmp_path_factory):
+def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
     train.main([*DIGITS, "--method", "clean", "--epochs", "2", "--out", str(out)])
     return str(out)
 
 
 @pytest.fixture
-def run(train, teacher, tmp_path):
+def run(teacher, tmp_path):
     """Train in this process. Return the last checkpoint and the log."""
 
     def run(*options, method="cktat"):
@@ -98,7 +95,7 @@ def test_every_method_trains_and_logs_its_terms(run, method):
     assert {path.name for path in done.out.iterdir()} == {"last.pt", "best.pt", "log.csv"}
 
 
-def test_the_losses_are_those_of_their_papers(train):
+def test_the_losses_are_those_of_their_papers():
     """Each from the logits of a linear network, in plain sums."""
     net, x, y = nn.Linear(6, 4), torch.rand(5, 6), torch.tensor([0, 1, 2, 3, 0])
     x_adv, teacher = x + 0.1 * torch.randn_like(x), nn.Linear(6, 4)
@@ -127,7 +124,7 @@ def test_the_losses_are_those_of_their_papers(train):
                 assert not terms[term].requires_grad
 
 
-def test_a_student_starts_from_its_teacher_unless_told_not_to(train, run, teacher, monkeypatch):
+def test_a_student_starts_from_its_teacher_unless_told_not_to(run, teacher, monkeypatch):
     first = []
     monkeypatch.setattr(train, "pgd", lambda model, x, y, **_: (first.append(model[1][0].weight.clone()), x)[1])
     weight = torch.load(f"{teacher}/best.pt", weights_only=True)["model"]["1.0.weight"]
@@ -137,7 +134,7 @@ def test_a_student_starts_from_its_teacher_unless_told_not_to(train, run, teache
         assert torch.equal(first[0], weight) == warm
 
 
-def test_each_method_attacks_as_it_should(train, run, monkeypatch):
+def test_each_method_attacks_as_it_should(run, monkeypatch):
     calls = []
 
     def pgd(model, x, y, **how):
@@ -174,7 +171,7 @@ def test_the_network_is_compiled_in_place(run, monkeypatch):
     assert "1.0.weight" in done.model
 
 
-def test_averaged_weights_are_validated_and_kept(train, run, monkeypatch):
+def test_averaged_weights_are_validated_and_kept(run, monkeypatch):
     validated = []
     validate = train.validate
     monkeypatch.setattr(train, "validate", lambda model, *rest: (validated.append(model), validate(model, *rest))[1])
@@ -193,7 +190,7 @@ def test_averaged_weights_are_validated_and_kept(train, run, monkeypatch):
         ("--schedule piecewise --warmup 0.2", "cktat", {0.0: 0, 0.1: 0.5, 0.2: 1}),
     ],
 )
-def test_learning_rates(train, options, method, rates):
+def test_learning_rates(options, method, rates):
     given = ["--teacher", "x"] if method == "cktat" else []
     args = train.parse([*DIGITS, "--method", method, *given, "--lr", "2", *options.split()])
     for progress, share in rates.items():
@@ -205,7 +202,7 @@ def test_beta_rises_over_its_share_of_the_training(run):
     assert betas == pytest.approx([3 * 2 / 6, 3 * 5 / 6])  # at the last of three steps per epoch
 
 
-def test_best_is_the_epoch_with_the_best_robust_accuracy(train, run, monkeypatch):
+def test_best_is_the_epoch_with_the_best_robust_accuracy(run, monkeypatch):
     scores = iter([0.2, 0.5, 0.4])
     monkeypatch.setattr(train, "validate", lambda *_: {"clean": 0.9, "robust": next(scores)})
     kept = []
@@ -216,7 +213,7 @@ def test_best_is_the_epoch_with_the_best_robust_accuracy(train, run, monkeypatch
     assert done.best == 0.5
 
 
-def test_validation_counts_right_predictions_of_clean_and_attacked_images(train):
+def test_validation_counts_right_predictions_of_clean_and_attacked_images():
     model = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.eye(2))
@@ -229,7 +226,7 @@ def test_validation_counts_right_predictions_of_clean_and_attacked_images(train)
     assert train.validate(model, loader, attack) == {"clean": 0.75, "robust": 0.25}
 
 
-def test_a_constant_prediction_is_warned_of(train, capsys):
+def test_a_constant_prediction_is_warned_of(capsys):
     class Constant(nn.Linear):
         def forward(self, x):
             return super().forward(x) * 0 + torch.tensor([1.0, 0.0, 0.0])
@@ -273,21 +270,21 @@ def test_norm_and_eps_are_stored(run):
         ("--nothing", "unrecognized arguments: --nothing"),
     ],
 )
-def test_options_that_contradict_are_refused(train, capsys, options, message):
+def test_options_that_contradict_are_refused(capsys, options, message):
     with pytest.raises(SystemExit) as stop:
         train.parse(options.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_defaults_follow_from_method_and_norm(train):
+def test_defaults_follow_from_method_and_norm():
     args = train.parse(["--teacher", "x", "--recipe", "literal", "--norm", "l2"])
     assert (args.tau, args.beta, args.eps, args.step_size) == (5.0, 6.0, 128 / 255, 32 / 255)
     assert train.parse(["--teacher", "x", "--tau", "3"]).tau == 3.0
     assert train.parse(["--method", "clean"]).eps == 8 / 255
 
 
-def test_what_fits_no_run_is_a_sentence(train, teacher, tmp_path):
+def test_what_fits_no_run_is_a_sentence(teacher, tmp_path):
     (tmp_path / "file").touch()
     for options, message in (
         (["--teacher", teacher, "--arch", "wrn-10-1"], "--arch wrn-10-1 cannot start from weights of digits"),
@@ -306,7 +303,7 @@ def test_what_fits_no_run_is_a_sentence(train, teacher, tmp_path):
             train.main([*DIGITS, "--out", str(tmp_path / "out"), *options])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_epoch(train, run, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_epoch(run, monkeypatch, tmp_path):
     loss_of, calls = train.loss_of, []
 
     def broken(*arguments):
@@ -324,7 +321,7 @@ def test_a_teacher_of_another_network_is_fine_without_a_warm_start(run):
     assert run("--arch", "wrn-10-1", "--no-warm-start").arch == "wrn-10-1"
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_the_old_checkpoint(train, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     train.save(path, {"old": 1})
 
@@ -338,17 +335,17 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_checkpoint(train, tmp_path
     assert torch.load(path) == {"old": 1}
 
 
-def test_the_command_prints_a_sentence_without_a_traceback(train, tmp_path, monkeypatch):
+def test_the_command_prints_a_sentence_without_a_traceback(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["train.py", *DIGITS, "--method", "clean", "--out", str(tmp_path / "file")])
     with pytest.raises(SystemExit, match=r"^error: .*file") as stop:
-        runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
+        runpy.run_path(train.__file__, run_name="__main__")
     assert "\n" not in stop.value.code
 
 
 # Resuming
 
-FULL = shlex.split("--epochs 4 --awp 0.01 --ema 0.5 --beta-ramp 0.5 --schedule cosine --warmup 0.2 --amp fp16")
+FULL = shlex.split("--epochs 2 --awp 0.01 --ema 0.5 --beta-ramp 0.5 --schedule cosine --warmup 0.2")
 KILLED = """
 import os, signal, sys
 import torch, train
@@ -356,7 +353,7 @@ from tests.examples.test_train import few
 torch.set_num_threads(1)
 place, sys.argv[1:] = sys.argv[1], sys.argv[2:]
 train.load = few(train.load)
-name, when = {"an epoch": ("loss_of", 8), "validation": ("pgd", 9)}[place]  # each in the second of four epochs
+name, when = {"an epoch": ("loss_of", 8), "validation": ("pgd", 9)}[place]  # each in the second epoch
 function, calls = getattr(train, name), []
 def deadly(*arguments, **options):
     calls.append(1)
@@ -368,25 +365,19 @@ train.main()
 """
 
 
-@pytest.fixture(scope="module")
-def whole(train, teacher, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    train.main([*DIGITS, "--teacher", teacher, *FULL, "--out", str(out)])
-    return out
-
-
-@pytest.mark.parametrize("place", ["an epoch", "validation"])
-def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(train, teacher, whole, tmp_path, place):
+@pytest.mark.parametrize(("place", "amp"), [("an epoch", "fp16"), ("validation", "none")])
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(run, teacher, tmp_path, place, amp):
+    whole, broken = run(*FULL, "--amp", amp).out, tmp_path / "broken"
     environment = {**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}", "OMP_NUM_THREADS": "1"}
-    options = [*DIGITS, "--teacher", teacher, *FULL, "--out", str(tmp_path)]
+    options = [*DIGITS, "--teacher", teacher, *FULL, "--amp", amp, "--out", str(broken)]
     killed = subprocess.run([sys.executable, "-c", KILLED, place, *options], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert len(torch.load(tmp_path / "last.pt", weights_only=True)["rows"]) == 1
+    assert len(torch.load(broken / "last.pt", weights_only=True)["rows"]) == 1
     train.main([*options, "--resume"])
-    assert same_run(whole, tmp_path)
+    assert same_run(whole, broken)
 
 
-def test_resuming_changes_no_option_but_places(train, run, teacher):
+def test_resuming_changes_no_option_but_places(run, teacher):
     done = run("--beta", "3")
     again = ["--teacher", teacher, "--out", str(done.out), "--resume"]
     with pytest.raises(train.UserError, match=r"--beta was 3\.0 when .* was begun, and cannot become 4\.0 by --resume"):
@@ -396,7 +387,7 @@ def test_resuming_changes_no_option_but_places(train, run, teacher):
     train.main([*DIGITS, *again, "--beta", "3", "--data", "elsewhere", "--download"])
 
 
-def test_a_run_that_is_done_stays_as_it_is(train, run, teacher, capsys):
+def test_a_run_that_is_done_stays_as_it_is(run, teacher, capsys):
     done = run()
     before = (done.out / "last.pt").read_bytes()
     train.main([*DIGITS, "--teacher", teacher, "--out", str(done.out), "--resume"])
@@ -404,7 +395,7 @@ def test_a_run_that_is_done_stays_as_it_is(train, run, teacher, capsys):
     assert (done.out / "last.pt").read_bytes() == before
 
 
-def test_a_checkpoint_of_an_earlier_version_is_not_resumed(train, teacher, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_is_not_resumed(teacher, tmp_path):
     torch.save({"config": {}, "epoch": 3}, tmp_path / "last.pt")
     with pytest.raises(train.UserError, match="was unknown when"):
         train.main([*DIGITS, "--teacher", teacher, "--out", str(tmp_path), "--resume"])

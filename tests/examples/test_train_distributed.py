@@ -7,18 +7,16 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import networks
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import train
 from torch import nn
 
 from tests.examples.test_train import equal, few
-from tests.examples_path import imported
 
-pytest.importorskip("sklearn")
-pytest.importorskip("torchvision")
-pytest.importorskip("tqdm")
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
 WORLD = 2
@@ -35,15 +33,14 @@ def plain_net():
 @contextmanager
 def simplified():
     """train.py with few images; for cktat with a network and an attack in which nothing depends on the process."""
-    with imported("images", "networks", "train") as modules, pytest.MonkeyPatch.context() as patch:
-        train = modules.train
-        pgd, build = train.pgd, modules.networks.build
+    pgd, build = train.pgd, train.build
+    with pytest.MonkeyPatch.context() as patch:
         plain = lambda arch, *rest: plain_net() if arch == "plain" else build(arch, *rest)  # noqa: E731
-        for module in (train, modules.networks):
+        for module in (train, networks):
             patch.setattr(module, "build", plain)
         patch.setattr(train, "pgd", lambda model, x, y, **how: pgd(model, x, y, **{"start": x, **how}))
         patch.setattr(train, "load", few(train.load))
-        yield train
+        yield
 
 
 def cktat(folder):
@@ -53,7 +50,7 @@ def cktat(folder):
 def on_rank(rank, folder, ports):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="localhost")
-    with simplified() as train, pytest.MonkeyPatch.context() as patch:
+    with simplified(), pytest.MonkeyPatch.context() as patch:
 
         def main(*options):
             os.environ["MASTER_PORT"] = str(ports.pop())
@@ -125,7 +122,7 @@ def load(path):
 
 def test_two_processes_train_the_model_of_one(folder, tmp_path):
     """AWP included: its gradients are averaged too."""
-    with simplified() as train:
+    with simplified():
         train.main([*cktat(folder), "--out", str(tmp_path)])
     one, two = load(tmp_path / "last.pt"), load(folder / "two" / "last.pt")
     before = load(folder / "teacher.pt")["model"]
