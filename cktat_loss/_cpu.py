@@ -174,7 +174,7 @@ def _divergence_(x: Tensor, p: Tensor, sums: Tensor, x_a: Tensor, p_a: Tensor, s
         d.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, but d may be inf - inf
         mean_d = (p * d).sum(1)
         kl = mean_d + shift
-    if not lowest > DIRECT_SUM_DOWN_TO:
+    if not lowest > DIRECT_SUM_DOWN_TO:  # true for NaN too: the new kl may be small
         rows = (kl <= DIRECT_SUM_DOWN_TO).nonzero().squeeze(1)
         if rows.numel():
             row_d = d.index_select(0, rows).add_(shift[rows].unsqueeze(1))

@@ -223,10 +223,12 @@ def _is_extra(name: str) -> bool:
 
 def _has_memory(tensor: Tensor) -> bool:
     """False for a tensor subclass made of other tensors, for instance a quantised one of torchao's."""
-    try:
-        return tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() >= 0
-    except RuntimeError:
-        return False
+    if tensor.layout is torch.strided:
+        try:
+            tensor.untyped_storage().data_ptr()
+        except RuntimeError:
+            return False
+    return True
 
 
 def _is_sharded(thing: object) -> bool:

@@ -21,7 +21,7 @@ from .streaming import streaming_kernel
 
 # A logit position is one row and column of the three logits. A thread keeps about 6 float32 per position alive (three
 # logits, three exponentials). With 16 positions the rows kernel uses up to 128 registers and the streaming kernel up to
-# 153 (sm_90, Triton 3.8), so that 12 warps or more fit on an SM. 32 positions use 248 registers. 8 positions use 64,
+# 153 (sm_90, Triton 3.8), so that 12 warps or more fit on an SM. 32 positions use up to 254. 8 positions use up to 64,
 # but then shuffles and barriers of the reductions are a third of all instructions: at C = 1000 a position takes 102
 # instructions instead of 82 (benchmarks/results/by_hand.md). On AMD a warp has 64 lanes, so that each thread has half
 # the positions.
@@ -63,9 +63,10 @@ def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
     """Return the tile of the rows kernel.
 
     A thread has at most 16 positions, and few threads share a row, because a reduction within a thread needs no
-    shuffle. But a strip is at least 4 columns wide (if there are as many), so that the loads of a warp lie together,
-    and there are at most 8 strips, or 16 for odd numbers of classes, whose loads are narrow. A small batch is one
-    program, so that there are no partial sums to add up.
+    shuffle. But a strip is at least 4 columns wide (if there are as many), so that the loads of a warp lie together. It
+    is at most as wide as one load of a warp, and there are at most 8 strips unless that makes 16 (odd numbers of
+    classes, whose loads are one element wide). A small batch is one program, so that there are no partial sums to add
+    up.
     """
     columns = 1 << (classes - 1).bit_length()
     vector = min(16 // itemsize, classes & -classes)  # elements per load of a thread

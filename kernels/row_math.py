@@ -9,7 +9,7 @@ are p = exp(shifted) / sum, and for the teacher exp(shifted / tau) / sum. Then:
 
 A tile of logits is (STRIPS, ROWS, WIDTH): column s WIDTH + w of a row lies in strip s. A thread sums over its strips in
 its own registers, so that WIDTH decides how many threads share a row and how many shuffles a reduction takes.
-Values per row are (ROWS,).
+Values per row are (ROWS,). The streaming kernel cuts a row into chunks and treats each chunk as a row.
 
 Every fused multiply-add is written as ``tl.fma``, and launch.py switches off the compiler's own fusing. A probability
 is a product, exponential times 1 / sum. With fusing, the difference of two equal probabilities would not be zero.
@@ -102,7 +102,7 @@ def divergences(c, a, t, rate, rate_log2e):
     """Compute the divergences of rows from their shifted logits.
 
     Returns the probabilities p_c, p_a, p_t and the log ratio d_c, which the gradients use; the logs of the three sums,
-    which merge chunks; and the terms, guidance and consistency.
+    from which streaming.py merges chunks; and the terms, guidance and consistency.
     """
     p_c, log_sum_c = softmax(c, 1.4426950408889634)
     p_a, log_sum_a = softmax(a, 1.4426950408889634)

@@ -102,7 +102,11 @@ def add_chunk(
 
 @triton.jit
 def merge_chunks(max_c, max_a, max_t, log_sum_c, log_sum_a, log_sum_t, guidance, consistency, rate):
-    """Reduce the statistics of the chunks, (1, 1, SLOTS) each, to those of the row, (1,) each."""
+    """Reduce the statistics of the chunks, (1, 1, SLOTS) each, to those of the row, (1,) each.
+
+    The chunks' log-sum-exps are taken relative to the row's largest logit. They are at most log(BLOCK), so that exp
+    cannot overflow, and the row's log sums come out relative to the largest logit too.
+    """
     top_c, top_a, top_t = row_max(max_c), row_max(max_a), row_max(max_t)
     p_c, _, p_t, _, row_c, row_a, row_t, guidance_between, consistency_between = divergences(
         max_c - spread(top_c) + log_sum_c,
