@@ -68,7 +68,7 @@ docs: $(VENV)-docs/.done  ## the documentation as a site that needs no network: 
 mutants: $(VENV)/.test  ## break the library in named ways, and see a named test fail for each
 	$(RUN) tools/mutants.py $(ARGS)
 
-bench: $(VENV)/.bench  ## time, memory, accuracy and training steps on this machine, in ten minutes: docs/benchmarks.md
+bench: $(VENV)/.bench  ## time, memory, accuracy and training steps on this machine, in three minutes: docs/benchmarks.md
 	$(RUN) -m benchmarks $(ARGS)
 
 kernels: $(VENV)/.bench  ## what the compiler makes of the kernels, for absent GPUs: benchmarks/results/kernels.csv, docs/kernels.md
