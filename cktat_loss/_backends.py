@@ -143,6 +143,6 @@ if hasattr(torch.compiler, "is_exporting"):
     is_exporting = torch.compiler.is_exporting
 else:
     # floor: torch 2.6, the oldest that is supported, has no is_exporting. While tracing, Dynamo evaluates a function
-    # that is marked like this one, and uses its result as a constant. Both names are those of 2.6.
+    # with this mark, and uses its result as a constant. ``current_tx().export`` and the mark are names of 2.6.
     is_exporting = _is_exporting
     is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

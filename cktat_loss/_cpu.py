@@ -23,7 +23,7 @@ from cktat_loss import _plain
 from cktat_loss._backends import CKTATTerms, Forward, Gradients, Needs, Problem, Weighting
 
 # Logit positions (rows times columns) per block and thread: enough to amortise some thirty calls of PyTorch per block,
-# and few enough for a core's share of the cache. A block allocates up to 8 float32 per position, 1.6 MB.
+# and few enough for a core's share of the cache: a block allocates up to 8 float32 per position, 1.6 MB per thread.
 BLOCK_ELEMENTS_PER_THREAD = 51200
 # A float32 sum of p d has an absolute error of some 1e-7. A KL below this limit is summed again, in a form that cancels
 # nothing.
@@ -186,7 +186,7 @@ def _small_kl_(d: Tensor, p: Tensor, p_a: Tensor, rows: Tensor) -> Tensor:
     """Return the KL of the given rows as sum p (d + expm1(-d)), which cancels nothing. Overwrites d.
 
     ``d`` and ``p`` are those rows, (R, C). ``p_a`` has all rows, (N, C). If all d are small, the polynomial
-    ``_plain.SERIES`` serves every element. Otherwise ``_plain.kl_elements`` selects per element.
+    ``_plain.SERIES``, which is (d + expm1(-d)) / d^2, serves every element. Otherwise ``_plain.kl_elements`` selects.
     """
     if p.amin().item() == 0:
         d.masked_fill_(p == 0, 1.0)  # beyond the polynomial's range, where the summand is p_a

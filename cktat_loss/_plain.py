@@ -40,7 +40,8 @@ def kl_elements(p: Tensor, d: Tensor, q: Tensor) -> Tensor:
 def log_softmax(logits: Tensor, tau: float | None = None) -> Tensor:
     """Return log softmax(logits / tau). Subtracts the maximum before the division, which could overflow.
 
-    Written out because torch.log_softmax would subtract the maximum a second time, compiled or not.
+    Written out because torch.log_softmax would subtract a maximum once more after the division. Without tau the same
+    operations serve, so that equal predictions are equal to the bit.
     """
     shifted = logits - logits.amax(-1, keepdim=True).detach()
     shifted = shifted if tau is None else shifted / tau

@@ -67,9 +67,9 @@ def find_weights(argument: str, source: object) -> dict[str, Tensor]:
 def pair(student: Collection[str], teacher: Mapping[str, T]) -> tuple[dict[str, T], tuple[str, ...]]:
     """Return the teacher's value for each name of the student, and the teacher's names that the student doesn't have.
 
-    Names alone cannot tell the ``module`` of a wrapper from a child module of that name. So the names of student and
-    teacher are read twice, once with ``module`` as a prefix and once as a child. The reading in which more names agree
-    is used.
+    Names alone cannot tell the ``module`` of a wrapper from a child module of that name, and a wrapper may be a class
+    that is not known here. So the names of student and teacher are read twice, once with ``module`` as a prefix and
+    once as a child. The reading in which more names agree is used.
 
     Args:
         student: the student's names.

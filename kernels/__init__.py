@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["is_available", "loss_backward", "loss_forward", "supports", "terms_backward", "terms_forward"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Volta. Triton 3.8 still compiles the kernels for 7.0, as tried by hand. `make kernels` and the tests begin with 8.0.
+# Volta: Triton 3.8 compiles the kernels for it (benchmarks/results/by_hand.md). Nothing older than 9.0 has run them.
 MINIMUM_CAPABILITY = 7
 
 

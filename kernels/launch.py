@@ -21,10 +21,10 @@ from .streaming import streaming_kernel
 
 # A logit position is one row and column of the three logits. A thread keeps about 6 float32 per position alive (three
 # logits, three exponentials). With 16 positions the rows kernel uses up to 128 registers and the streaming kernel up to
-# 153 (sm_90, Triton 3.8), so that 12 warps or more fit on an SM. 32 positions use up to 254. 8 positions use up to 64,
-# but then shuffles and barriers of the reductions are a third of all instructions: at C = 1000 a position takes 102
-# instructions instead of 82 (benchmarks/results/by_hand.md). On AMD a warp has 64 lanes, so that each thread has half
-# the positions.
+# 153 (sm_90, Triton 3.8), so that 12 warps or more fit on an SM; 172 and 8 warps with the wide chunk. 32 positions use
+# up to 254. 8 positions use up to 64, but then shuffles and barriers of the reductions are a third of all instructions:
+# at C = 1000 a position takes 102 instructions instead of 82 (benchmarks/results/by_hand.md). On AMD a warp has 64
+# lanes, so that each thread has half the positions.
 POSITIONS_PER_THREAD = 16
 # The rows kernel holds a whole row in registers. A row of 8,192 would be one CTA with all registers of an SM, and
 # nothing would hide its loads. Two CTAs of 4,096 fit. Above the limit, streaming moves 8 elements instead of 5.
@@ -63,10 +63,9 @@ def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
     """Return the tile of the rows kernel.
 
     A thread has at most 16 positions, and few threads share a row, because a reduction within a thread needs no
-    shuffle. But a strip is at least 4 columns wide (if there are as many), so that the loads of a warp lie together. It
-    is at most as wide as one load of a warp, and there are at most 8 strips unless that makes 16 (odd numbers of
-    classes, whose loads are one element wide). A small batch is one program, so that there are no partial sums to add
-    up.
+    shuffle. But a strip is at least 4 columns wide (if there are as many) and at most one load of a warp, so that the
+    loads of a warp lie together. Within these limits there are at most 8 strips. (Odd numbers of classes above 256 load
+    one element at a time, and have 16.) A small batch is one program, so that there are no partial sums to add up.
     """
     columns = 1 << (classes - 1).bit_length()
     vector = min(16 // itemsize, classes & -classes)  # elements per load of a thread
@@ -76,8 +75,8 @@ def rows_tile(classes: int, itemsize: int, n: int) -> Tile:
     width = min(max(least_threads * vector, columns // 8, 4), 32 * vector, columns)
     lanes = min(32, max(1, width // vector))  # threads that share a row
     if 128 < n * lanes <= 256:
-        # 4 warps cannot hold the batch, and 8 can. On an H200 16 warps are 1.15 times as fast as 8 (128 x 10). Each row
-        # is then divided between two warps, half of its strips each.
+        # 4 warps cannot hold the batch, and 8 can. On an H200 16 warps are 1.15 times as fast as 8 (128 x 10). If a row
+        # has several strips, two warps then share them.
         return Tile(columns // width, 256 // lanes, width, 16)
     return Tile(columns // width, 128 // lanes, width, 4)
 
