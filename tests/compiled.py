@@ -129,7 +129,7 @@ def record(variant: Variant, around: AbstractContextManager[Any] | None = None) 
 
 
 class AbsentGPU:
-    """As much of a Triton driver as compiling needs."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, target: str) -> None:
         name, number = target.split("_") if "_" in target else ("hip", target)

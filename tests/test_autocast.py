@@ -45,7 +45,7 @@ def test_accuracy_inside(variant: Variant, half: torch.dtype) -> None:
 
 @HALF
 def test_training_step(half: torch.dtype) -> None:
-    """As in a training loop: model and loss inside, backward outside."""
+    """A step as in a training loop: model and loss inside autocast, backward outside."""
     student, teacher, x = nn.Linear(8, 10), nn.Linear(8, 10), torch.randn(2, 5, 8)
     with torch.autocast("cpu", dtype=half):
         clean, adv = student(x[0]), student(x[1])

@@ -27,7 +27,7 @@ BOTH = (cktat_loss, cktat_terms)
 
 
 class HuggingFace(dict):
-    """What its models return: prints every tensor."""
+    """The output object of a model, which prints every tensor."""
 
     logits = X
 
@@ -174,7 +174,7 @@ def test_the_limits_of_tau_are_fine(tau: float) -> None:
 
 
 def test_movedim_as_the_message_says() -> None:
-    """Of a segmentation network: each pixel is a sample."""
+    """Logits of a segmentation network, where each pixel is a sample."""
     logits = torch.randn(3, 2, 5, 4, 4)  # three of (N, C, H, W)
     flat = [x.movedim(1, -1).flatten(0, -2) for x in logits]
     rows = cktat_loss(*flat, reduction="none").view(2, 4, 4)

@@ -66,7 +66,7 @@ def test_saturated_rows_compiled() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_one_hot_teachers(width: int, dtype: torch.dtype, variant: Variant) -> None:
-    """With -inf for the other classes, the guidance is the cross-entropy."""
+    """The guidance is the cross-entropy if the teacher has -inf for the other classes."""
     labels = torch.arange(12) % width
     teacher = torch.full((12, width), -torch.inf, dtype=dtype).scatter(1, labels[:, None], 3.0)
     clean, adv = (4 * torch.randn(2, 12, width)).to(dtype)

@@ -1,4 +1,4 @@
-"""What only a GPU shows: CUDA graphs, streams, synchronisation, mixed precision, memory. ``pytest --backend=gpu``
+"""Promises that only a GPU shows: graphs, streams, synchronisation, mixed precision, memory. ``pytest --backend=gpu``
 
 The tests of the loss run there too, on the GPU's tensors: see conftest.py.
 """
@@ -52,7 +52,7 @@ def step(clean: Tensor, adv: Tensor, teacher: Tensor, beta: float | Tensor = BET
 
 
 def recipe(clean: Tensor, adv: Tensor, teacher: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """With labels and both terms, and an upstream gradient that is not one."""
+    """A loss with labels and both terms, and a grad_output that is not one."""
     loss, terms = cktat_loss(clean, adv, teacher, TAU, BETA, y=y, return_terms=True)
     d_clean, d_adv = torch.autograd.grad(0.25 * loss, (clean, adv))
     return loss.detach(), 4 * d_clean, 4 * d_adv, *terms
@@ -62,7 +62,7 @@ BOTH = pytest.mark.parametrize("run", [step, recipe])
 
 
 def others(run: Run, n: int) -> Tensor:
-    """What a run takes beside logits: weights or labels."""
+    """Arguments of a run beside the logits: weights or labels."""
     return torch.rand(n, device="cuda") if run is step else torch.randint(10, (n,), device="cuda")
 
 

@@ -161,7 +161,7 @@ def all_inputs() -> dict[str, Tensor]:
 
 
 def loss_of(clean: Tensor, adv: Tensor, teacher: Tensor, beta: Tensor, y: Tensor) -> Tensor:
-    """With sample weights of both kinds."""
+    """The loss with sample weights of both kinds."""
     return cktat_loss(clean, adv, teacher, TAU, beta) + cktat_loss(clean, adv, teacher, TAU, BETA, y=y)
 
 

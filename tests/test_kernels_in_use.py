@@ -113,7 +113,7 @@ def test_transforms_have_them_too(f: Callable[..., Any], launches: list[str]) ->
 
 @contextmanager
 def torch_ops() -> Iterator[Counter[str]]:
-    """What torch is asked to do, but for memory and views of it."""
+    """The operations that torch is asked for, without allocations and views."""
     nothing = {
         "detach",
         "new_empty",

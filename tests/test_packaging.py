@@ -1,4 +1,4 @@
-"""What is installed is one package, cktat_loss, that asks for nothing but torch."""
+"""The installed package is cktat_loss alone, and it asks for nothing but torch."""
 
 import inspect
 import re

@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the loss."""
+        """The dtype of the loss."""
         return torch.float64 if torch.float64 in {x.dtype for x in self.logits} else torch.float32
 
 
@@ -105,7 +105,7 @@ def test_the_truth_compiled(case: Case) -> None:
 
 @given(cases(), REDUCTIONS, st.booleans(), st.sampled_from([1.0, 0.25, -3.7]))
 def test_the_truth_reduced(case: Case, reduction: Any, detach_clean: bool, upstream: float) -> None:
-    """With its terms, which are those of :func:`cktat_terms` and have no gradient; the clean logits' one or none."""
+    """The terms are those of :func:`cktat_terms`, without a gradient. The clean logits may need a gradient or not."""
     clean, adv = case.clean.detach().requires_grad_(), case.adv.detach().requires_grad_()
     true, n = oracle.truth(*case), len(case.adv)
     loss, terms = loss_of(case, clean, adv, reduction=reduction, detach_clean=detach_clean, return_terms=True)

@@ -105,7 +105,7 @@ def test_a_label_that_is_no_class_is_refused_on_the_cpu(backend: Any, wrong: int
 
 
 def unseen(run: Callable[..., Any]) -> Callable[..., Any]:
-    """As on a GPU, where no label is looked at."""
+    """Labels out of range as on a GPU, where no label is read."""
 
     def called(*args: Any) -> Any:
         with patch("cktat_loss._checks.is_traced", lambda: True):
@@ -203,7 +203,7 @@ ADV, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     ],
 )
 def test_refused_by_both(adv: Tensor, y: Tensor, beta: float, kind: type[Exception], says: str) -> None:
-    """By adaptive_beta and, with labels, by the loss."""
+    """Each label is checked by adaptive_beta and by the loss."""
     clean = adv if isinstance(adv, Tensor) else ADV
     for call in (lambda: adaptive_beta(adv, y, beta), lambda: cktat_loss(clean, adv, clean, 5.0, beta, y=y)):
         with pytest.raises(kind) as caught:

@@ -70,7 +70,7 @@ def test_never_negative(shape: tuple[int, int], variant: Variant) -> None:
 @NOT_ON_KERNELS
 @EACH_VARIANT
 def test_never_negative_in_float64(variant: Variant) -> None:
-    """Where plain sums round to either side of zero."""
+    """Logits whose plain sums round to either side of zero."""
     for gap in (1e-7, 1e-6, 1e-5):
         for scale in (1, 10, 30, 100):
             clean = scale * torch.randn(64, 17, dtype=torch.float64)

@@ -298,7 +298,7 @@ def test_it_is_no_part_of_a_model_that_holds_the_criterion(teacher):
 
 
 class Both(nn.Module):
-    """As in a Lightning module: the teacher, and the criterion that has its copy."""
+    """A module as in Lightning, with the teacher and the criterion that has its copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -436,7 +436,7 @@ def test_a_shared_compiled_teacher_stays_compiled(teacher, batch):
 
 
 def test_warm_start_and_criterion_agree_at_the_start(teacher, batch):
-    """With tau = 1 and no attack, a student just warm-started has nothing to learn."""
+    """A student that was just warm-started has nothing to learn with tau = 1 and no attack."""
     student = make_net()
     warm_start(student, teacher)
     logits = student.eval()(batch[2])

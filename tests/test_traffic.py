@@ -1,4 +1,4 @@
-"""What the Triton kernels load and store, counted in the interpreter: each logit once, each gradient once, no more.
+"""The loads and stores of the Triton kernels, counted in the interpreter: each logit once, each gradient once, no more.
 
 Element moves a logit position, with row values: 5.1 for a training step whose upstream gradient is one, 3.1 without
 gradients. A row of more than ``ROWS_UP_TO`` classes is streamed, and read once more if it has gradients: 8.1.
@@ -50,7 +50,7 @@ class Traffic:
 
 
 def addresses(x: Tensor) -> NDArray[np.uint64]:
-    """Where the elements of x are, in their order."""
+    """The addresses of the elements of x, in their order."""
     offsets = torch.arange(x.untyped_storage().nbytes() // x.element_size()).as_strided(
         x.shape, x.stride(), x.storage_offset()
     )
@@ -95,7 +95,7 @@ def counting() -> Iterator[Traffic]:
 
 
 class Step(NamedTuple):
-    """What is asked of the loss, and the moves a position that it may take: of rows in registers, of streamed ones."""
+    """A call of the loss, and the moves per position that it may take: with rows in registers, with streamed rows."""
 
     rows: float
     chunks: float

@@ -65,7 +65,7 @@ GROUPS = {
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    """As many processes as there are cores for each worker of pytest-xdist."""
+    """A pool of compilers, one per core. Workers of pytest-xdist share the cores."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     with compiled.compilers(max(1, (os.cpu_count() or 1) // workers)) as processes:
         yield processes

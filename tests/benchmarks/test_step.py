@@ -28,7 +28,7 @@ from benchmarks import step
 def test_each_contender_runs_its_algorithm_and_is_in_train_mode_afterwards(
     name: str, student: int, teacher: int, trains: bool
 ) -> None:
-    """As many forward passes as the algorithm has, each of the 4 images of the batch."""
+    """Each image of the batch passes through the networks as often as in the algorithm."""
     bench = step.Bench("wrn-10-1", batch=4, steps=3, device="cpu")
     before = [parameter.clone() for parameter in bench.model.parameters()]
     images: Counter[str] = Counter()

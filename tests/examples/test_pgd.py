@@ -54,7 +54,7 @@ def lengths(change, norm):
 
 
 def trades_attack(model, x, *, eps, step, steps, start):
-    """As in the code of TRADES' authors, clean logits computed anew for each step."""
+    """An attack as in the code of TRADES' authors, who compute the clean logits anew for each step."""
     x_adv = start.clone()
     for _ in range(steps):
         x_adv.requires_grad_()

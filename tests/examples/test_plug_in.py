@@ -40,7 +40,7 @@ def test_every_script_is_tested():
 
 @pytest.fixture(scope="module")
 def migrated():
-    """What the page's Python leaves behind, from top to bottom."""
+    """The names that the page's Python defines, run from top to bottom."""
     torch.manual_seed(0)
     text = MIGRATION.read_text()
     blocks = [*re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
