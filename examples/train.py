@@ -88,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     option("--compile", action="store_true", help="torch.compile the network")
     option("--channels-last", action="store_true", help="channels_last memory format, faster with --amp")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to train on")
-    option("--workers", type=int, default=4, help="processes that load images")
+    option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
     option("--seed", type=int, default=0, help="seed of weights, batches and attacks")
     option("--out", default="out/student", help="folder of the run")
     option("--resume", action="store_true", help="continue after the last epoch in --out, on a CPU with equal bits")
