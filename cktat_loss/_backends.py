@@ -7,7 +7,9 @@ picks one of them. Arguments come in the order clean, adversarial, teacher every
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -112,6 +114,11 @@ def is_compiled(module: nn.Module) -> bool:
     return (kind.__module__, kind.__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")  # since torch 2.0
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """True if somebody replaced the ``forward`` of torch.compile's wrapper, which marks its own one."""
+    return not hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # since torch 2.0
+
+
 def hooks(module: nn.Module) -> list[Any]:
     """Return the forward and backward hooks of a module."""
     names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # since torch 2.0
@@ -121,11 +128,18 @@ def hooks(module: nn.Module) -> list[Any]:
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call in a graph by name.
 
-    The schema of an operator names the arguments that are passed by position. A Python function has no schema, so that
-    only its keyword arguments are returned.
+    The schema of an operator names the arguments that are passed by position, and so does the signature of a Python
+    function. A built-in function such as torch.dropout has the names of the operator in torch.ops.aten.
     """
-    schema = getattr(node.target, "_schema", None)  # since torch 1.13
-    names = [] if schema is None else [argument.name for argument in schema.arguments]
+    target: Any = node.target
+    names: list[str] = []
+    if isinstance(target, FunctionType):
+        names = [*inspect.signature(target).parameters]
+    else:
+        if isinstance(target, BuiltinFunctionType):
+            target = getattr(getattr(torch.ops.aten, target.__name__, None), "default", None)
+        if (schema := getattr(target, "_schema", None)) is not None:  # since torch 1.13
+            names = [argument.name for argument in schema.arguments]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 

@@ -143,7 +143,7 @@ def labels(y: Tensor, logits: Tensor) -> None:
             "y cannot be used with adv_logits that are sharded over classes: redistribute them over samples"
         )
     # Reading labels is free on an eager CPU. Elsewhere a label out of range gives NaN for its sample.
-    if y.device.type == "cpu" and type(y) is Tensor and y.numel() and not is_traced():
+    if y.device.type == "cpu" and type(y) in ORDINARY_TYPES and y.numel() and not is_traced():
         lowest, highest = y.min().item(), y.max().item()
         if lowest < 0 or highest >= logits.shape[1]:
             found = lowest if lowest < 0 else highest

@@ -56,9 +56,12 @@ def find_weights(argument: str, source: object) -> dict[str, Tensor]:
     if not others:
         return _checked(argument, source)
     found = [name for name in ENTRIES if _holds_weights(source.get(name))]
-    if len(found) == 1:
+    # Tensors with names as in a state_dict are another set of weights. Others may be a state of the random generator.
+    beside = [name for name, value in source.items() if isinstance(value, Tensor) and "." in str(name)]
+    if len(found) == 1 and not beside:
         return find_weights(argument, source[found[0]])
     if found:  # Do not guess.
+        found += beside[:1]
         raise ValueError(f"{argument} must hold one set of weights, got {', '.join(found)}: pass the one you mean")
     wanted, got = ", ".join(ENTRIES), ", ".join(f"{name} ({type(value).__name__})" for name, value in others.items())
     raise ValueError(f"{argument} must hold only tensors, or weights under one of {wanted}, got {got}")
@@ -184,10 +187,14 @@ def _damage(path: Path) -> str:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            checksums = any(entry.CRC for entry in archive.infolist())
-            damaged = archive.testzip() if checksums else None
+            entries = archive.infolist()
+            damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
+            # torch.load takes an entry with this attribute for a directory, and leaves the memory uninitialised.
+            directories = [entry.filename for entry in entries if entry.external_attr & 0x10 and not entry.is_dir()]
     except Exception as error:  # A damaged archive makes zipfile raise more than BadZipFile.
         return f"it is cut off or damaged ({error})"
+    if directories:
+        return f"{directories[0]} is marked as a directory"
     return f"{damaged} doesn't have its checksum" if damaged else ""
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from itertools import chain
-from types import FunctionType, MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from cktat_loss._backends import hooks, is_compiled, named_arguments
+from cktat_loss._backends import has_own_forward, hooks, is_compiled, named_arguments
+from cktat_loss._deep_copy import frozen_copy, name_of, tensors
 from cktat_loss._state_dicts import WRAPPERS
-
-SHARE_IT = "copy_teacher=False shares it instead"
 
 
 def freeze(teacher: nn.Module, *, copied: bool) -> nn.Module:
@@ -27,14 +23,7 @@ def freeze(teacher: nn.Module, *, copied: bool) -> nn.Module:
     _check_runnable(teacher)
     if not copied:
         return teacher
-    original = unwrap(teacher)
-    _check_references(original)
-    try:
-        frozen = copy.deepcopy(original).eval().requires_grad_(False)
-    except Exception as error:
-        raise ValueError(f"teacher ({_name(teacher)}) cannot be deep-copied: {error}. {SHARE_IT}") from error
-    _check_copy(original, frozen)
-    return frozen
+    return frozen_copy(unwrap(teacher))
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -48,7 +37,7 @@ def unwrap(module: nn.Module) -> nn.Module:
         return module
     if type(module) in WRAPPERS and "forward" not in vars(module):
         return unwrap(module.module)  # type: ignore[arg-type]
-    if is_compiled(module):
+    if is_compiled(module) and not has_own_forward(module):
         return unwrap(module._orig_mod)  # type: ignore[arg-type]
     return module
 
@@ -89,48 +78,18 @@ def move(teacher: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
 
 def _check_runnable(teacher: nn.Module) -> None:
     """Refuse a teacher that has no values, cannot be put into eval mode, or is TorchScript."""
-    for name, tensor in _tensors(teacher):
+    for name, tensor in tensors(teacher):
         if is_lazy(tensor):
             raise ValueError(f"teacher must have values, but {name} is lazy: run a forward pass first")
         if tensor.is_meta:
             raise ValueError(f"teacher must have values, but {name} is on the meta device")
     for module in teacher.modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"teacher must not be TorchScript, got {_name(module)}: pass teacher_logits= instead")
+            raise TypeError(f"teacher must not be TorchScript, got {name_of(module)}: pass teacher_logits= instead")
         if isinstance(module, fx.GraphModule) and (target := _train_mode_call(module)):
             raise ValueError(
                 f"teacher must be in eval mode, but a graph has train mode built in ({target}): export it in eval mode"
             )
-
-
-def _check_references(original: nn.Module) -> None:
-    """Refuse functions that hold a module in their closure or defaults: their copy would call the original module."""
-    for name, module in original.named_modules():
-        if is_compiled(module):  # A compiled wrapper rebuilds its function when it is copied.
-            continue
-        for function in chain(vars(module).values(), hooks(module)):
-            if not isinstance(function, FunctionType):
-                continue
-            for value in _captured(function):
-                owner = value.__self__ if isinstance(value, MethodType) else value
-                if isinstance(owner, nn.Module):
-                    raise ValueError(
-                        f"teacher cannot be deep-copied: {function.__qualname__} of {name or _name(module)} refers to "
-                        f"a {_name(owner)}, which would stay shared and unfrozen. {SHARE_IT}"
-                    )
-
-
-def _check_copy(original: nn.Module, frozen: nn.Module) -> None:
-    """Refuse a copy that shares tensors with the original, or that lost modules or hooks."""
-    own = {id(tensor) for _, tensor in _tensors(original)}
-    shared = [name for name, tensor in _tensors(frozen) if id(tensor) in own]
-    if frozen is original or shared:
-        raise ValueError(f"teacher cannot be deep-copied: its copy shares {', '.join(shared) or 'all'}. {SHARE_IT}")
-    before, after = dict(original.named_modules()), dict(frozen.named_modules())
-    for name, module in before.items():
-        if name not in after or _count_hooks(module) != _count_hooks(after[name]):
-            lost = f"the hooks of {name or _name(module)}" if name in after else name
-            raise ValueError(f"teacher cannot be deep-copied: its copy loses {lost}. {SHARE_IT}")
 
 
 def _train_mode_call(module: fx.GraphModule) -> str | None:
@@ -140,6 +99,8 @@ def _train_mode_call(module: fx.GraphModule) -> str | None:
             continue
         arguments = named_arguments(node)
         is_training = arguments.get("train") is True or arguments.get("training") is True
+        # Without running statistics a BatchNorm is the same in both modes, and says that it trains.
+        is_training = is_training and arguments.get("running_mean", ...) is not None
         # InstanceNorm with running statistics, and attention, have other arguments for the mode.
         updates_statistics = arguments.get("use_input_stats") is True and arguments.get("running_mean") is not None
         dropout_rate = arguments.get("dropout_p")
@@ -159,27 +120,3 @@ def _dtype_hint(teacher: nn.Module, x: Any) -> str | None:
         return None
     has = ", ".join(sorted(map(str, dtypes))).replace("torch.", "")
     return f"x is {str(x.dtype).removeprefix('torch.')}, the teacher has {has}: cast x, or use autocast"
-
-
-def _captured(function: FunctionType) -> Iterator[Any]:
-    """Yield what a function holds: its default arguments and the variables of its closure."""
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(module.named_parameters(), module.named_buffers())
-
-
-def _count_hooks(module: nn.Module) -> int:
-    """Count the hooks of a module, without those by which torch.export checks inputs: no deep copy has these."""
-    return sum(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks(module))
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cktat_loss import _checks
+from cktat_loss._backends import ORDINARY_TYPES
 from cktat_loss._state_dicts import find_weights, pair
 
 
@@ -77,6 +79,7 @@ def warm_start(
     Raises:
         TypeError: an argument has the wrong type, a model is sharded, or an entry of a state_dict is no tensor.
         ValueError: the weights don't fit (with ``strict``), or none of them does; or student and teacher share memory;
+            or weights of the student overlap in memory and are different in the teacher;
             or a tensor is lazy, on the meta device or can't be written; or a file is damaged or of another kind; or a
             checkpoint has no weights, or several sets of them.
         FileNotFoundError: there is no file at that path.
@@ -124,7 +127,10 @@ def warm_start(
     if (strict or not copied) and (missing or unexpected or mismatched):
         misfits = _list(missing=missing, unexpected=unexpected, mismatched=mismatched.values())
         raise ValueError(f"teacher doesn't fit student, nothing was copied:{misfits}")
-    _check_writable(student, {first: (targets[first], value) for first, value in values.values()})
+    writes = {first: (targets[first], value) for first, value in values.values()}
+    _check_writable(student, writes)
+    if lost := _lost_writes(writes):
+        raise ValueError(f"teacher doesn't fit student, nothing was copied: {lost} shares elements with other weights")
     with torch.no_grad():
         for first, value in values.values():
             targets[first].copy_(value)
@@ -153,6 +159,33 @@ def _check_writable(student: nn.Module, writes: Mapping[str, tuple[Tensor, Tenso
                 why = str(error)
         if why:
             raise ValueError(f"student: {name} must be writable: {why}")
+
+
+def _lost_writes(writes: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
+    """Return the name of a target that another write would overwrite in part, because they share elements.
+
+    Args:
+        writes: each target with the value that it is to get, by name.
+    """
+    views = defaultdict(list)  # by storage
+    for name, (target, _) in writes.items():
+        if target.layout is torch.strided and type(target) in ORDINARY_TYPES and target.numel():
+            views[_memory(target)].append(name)
+    for names in views.values():
+        if len(names) == 1:
+            continue
+        storage = writes[names[0]][0].untyped_storage().clone()  # type: ignore[no-untyped-call]
+        for write in (True, False):  # write all values into a copy of the storage, then compare
+            for name in names:
+                target, value = writes[name]
+                view = (
+                    target.detach().new_empty(0).set_(storage, target.storage_offset(), target.shape, target.stride())
+                )
+                if write:
+                    view.copy_(value)
+                elif not torch.allclose(view, value, rtol=0, atol=0, equal_nan=True):
+                    return name
+    return None
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -104,6 +104,12 @@ def test_a_label_that_is_no_class_is_refused_on_the_cpu(backend: Any, wrong: int
             call()
 
 
+def test_a_parameter_of_labels_is_checked_too() -> None:
+    y = torch.nn.Parameter(torch.tensor([0, 10]), requires_grad=False)
+    with pytest.raises(ValueError, match=r"y must hold labels from 0 to 9, got 10$"):
+        adaptive_beta(torch.randn(2, 10), y)
+
+
 def unseen(run: Callable[..., Any]) -> Callable[..., Any]:
     """Labels out of range as on a GPU, where no label is read."""
 

@@ -455,3 +455,38 @@ def test_a_teacher_that_was_on_the_meta_device_cannot_come_back(batch):
     criterion = CKTATLoss(make_net()).to("meta")
     with pytest.raises(NotImplementedError, match="meta"):
         criterion.to_empty(device="cpu")
+
+
+def test_an_export_of_a_batchnorm_without_statistics(batch):
+    """Its operator says training=True in eval mode too, and means that there are no statistics."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    clean, adv, x = batch
+    with torch.no_grad():
+        expected = functional.cktat_loss(clean, adv, net(x))
+    torch.testing.assert_close(CKTATLoss(exported(net))(clean, adv, x), expected)
+
+
+def drops(x: Tensor, p: float, training: bool) -> Tensor:
+    return nn.functional.dropout(x, p, training)
+
+
+torch.fx.wrap("drops")
+
+
+class Drops(nn.Module):
+    """Dropout by functions, with the arguments by position, which tracing bakes in."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :3]
+        return drops(x, 0.5, self.training) if self.kind == "Python" else torch.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["Python", "built-in"])
+def test_a_traced_graph_with_functions_in_train_mode_is_refused(batch, kind):
+    with pytest.raises(ValueError, match=r"teacher must be in eval mode, .*: export it in eval mode"):
+        CKTATLoss(torch.fx.symbolic_trace(Drops(kind).train()))
+    assert_right(torch.fx.symbolic_trace(Drops(kind).eval()), batch)

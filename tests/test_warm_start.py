@@ -488,6 +488,29 @@ def test_a_shared_tensor_is_refused(shared: str) -> None:
     assert_refused(student, teacher, ValueError, match, strict=False)
 
 
+class AutoEncoder(nn.Module):
+    """Two layers whose weights may share memory, transposed."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False)
+        if tied:
+            self.decode.weight = nn.Parameter(self.encode.weight.data.t())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_ties_by_another_view_are_refused(strict: bool) -> None:
+    student = AutoEncoder(tied=True)
+    match = r"nothing was copied: (en|de)code\.weight shares elements with other weights"
+    assert_refused(student, AutoEncoder(tied=False), ValueError, match, strict=strict)
+
+
+def test_the_same_ties_by_another_view_are_copied() -> None:
+    student, teacher = AutoEncoder(tied=True), AutoEncoder(tied=True)
+    assert len(warm_start(student, teacher).copied) == 2
+    torch.testing.assert_close(student.state_dict(), teacher.state_dict(), rtol=0, atol=0)
+
+
 # Arguments and the report.
 
 

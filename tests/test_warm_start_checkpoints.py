@@ -83,6 +83,16 @@ def test_several_sets_of_weights_are_never_guessed_between() -> None:
     assert_refused(checkpoint, ValueError, "teacher must hold one set of weights, got model, ema: pass the one")
 
 
+def test_weights_beside_a_set_of_weights_are_refused() -> None:
+    checkpoint = {**net().state_dict(), "ema": net().state_dict()}
+    assert_refused(checkpoint, ValueError, "teacher must hold one set of weights, got ema, 0.weight: pass the one")
+
+
+def test_other_tensors_beside_a_set_of_weights_are_left_alone() -> None:
+    weights = net().state_dict()
+    assert_reads({"model": weights, "rng_state": torch.get_rng_state(), "best": torch.tensor(0.5)}, weights)
+
+
 @pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module.eval(), torch.ones(2, 3))])
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_torchscript(make: Any) -> None:

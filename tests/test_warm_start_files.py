@@ -173,3 +173,16 @@ def test_half_precision_files(tmp_path: Path, name: str, dtype: torch.dtype) -> 
     warm_start(student, tmp_path / name)
     assert student[0].weight.dtype == torch.float32
     assert equal(student, teacher.float())
+
+
+def test_an_entry_marked_as_a_directory_is_found(tmp_path: Path) -> None:
+    """torch.load takes it for a directory and returns uninitialised memory."""
+    path = tmp_path / "zip.pt"
+    data = bytearray(save(net(), path))
+    entry = data.find(b"PK\x01\x02")  # of the central directory
+    while b"data/0" not in data[entry + 46 : entry + 46 + data[entry + 28]]:
+        entry = data.find(b"PK\x01\x02", entry + 1)
+    data[entry + 38] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"zip\.pt.*data/0 is marked as a directory"):
+        warm_start(net(), path)
