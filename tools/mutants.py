@@ -412,7 +412,9 @@ def run_tests(folder: Path, backend: str, tests: Sequence[str]) -> int:
 
     assert cktat_loss.__file__.startswith(str(folder)), cktat_loss.__file__
     options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "--show-capture=no")
-    return int(pytest.main([*options, f"--backend={backend}", *(f"tests/{test}" for test in tests)]))
+    # A folder of its own for temporary files: pytest removes old ones of other processes that run beside it.
+    places = (f"--backend={backend}", f"--basetemp={folder / 'temporary'}")
+    return int(pytest.main([*options, *places, *(f"tests/{test}" for test in tests)]))
 
 
 def forked(folder: Path, backend: str, tests: Sequence[str], mutation: Mutation | None = None) -> int:
