@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from cktat_loss._backends import has_own_forward, hooks, is_compiled
+from cktat_loss._state_dicts import memory
 
 SHARE_IT = "copy_teacher=False shares it instead"
 # A deep copy of an exported module drops these attributes, which belong to its check of inputs.
@@ -115,8 +116,8 @@ def _held(function: FunctionType) -> Iterator[Any]:
 
 def _check_copy(original: nn.Module, made: nn.Module) -> None:
     """Refuse a copy that shares memory with the original, or that lost modules, hooks or attributes."""
-    own = {id(tensor) for _, tensor in tensors(original)} | {_address(tensor) for _, tensor in tensors(original)} - {0}
-    shared = [name for name, tensor in tensors(made) if id(tensor) in own or _address(tensor) in own]
+    own = {memory(tensor) for _, tensor in tensors(original)}
+    shared = [name for name, tensor in tensors(made) if memory(tensor) in own]
     if made is original or shared:
         raise ValueError(f"teacher cannot be deep-copied: its copy shares {', '.join(shared) or 'all'}. {SHARE_IT}")
     copies = dict(made.named_modules())
@@ -138,14 +139,6 @@ def _lost_attributes(module: nn.Module, made: nn.Module) -> set[str]:
     """Return attributes that a copy lacks and a forward pass may use: a ``forward`` of its own, and public data."""
     lost = {name for name in vars(module).keys() - vars(made).keys() - OF_EXPORT if not name.startswith("_")}
     return {name for name in lost if name == "forward" or isinstance(vars(module)[name], PLAIN_DATA)}
-
-
-def _address(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory, 0 if there is none."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a sparse tensor, or a subclass made of other tensors
-        return 0
 
 
 def _count_hooks(module: nn.Module) -> int:

@@ -228,6 +228,14 @@ def _is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
+def memory(tensor: Tensor) -> int:
+    """Return a number that is equal for tensors of one storage. A tensor without a storage of its own has its id."""
+    pointer = 0
+    if tensor.layout is torch.strided and _has_memory(tensor):
+        pointer = tensor.untyped_storage().data_ptr()
+    return pointer or id(tensor)
+
+
 def _has_memory(tensor: Tensor) -> bool:
     """False for a tensor subclass made of other tensors, for instance a quantised one of torchao's."""
     if tensor.layout is torch.strided:

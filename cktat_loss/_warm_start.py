@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cktat_loss import _checks
 from cktat_loss._backends import ORDINARY_TYPES
-from cktat_loss._state_dicts import find_weights, pair
+from cktat_loss._state_dicts import find_weights, memory, pair
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def warm_start(
         raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
     _checks.flag("strict", strict)
     targets, sources = find_weights("student", student), find_weights("teacher", teacher)
-    written = {_memory(target) for target in targets.values()}
-    shared = [name for name, source in sources.items() if _memory(source) in written]
+    written = {memory(target) for target in targets.values()}
+    shared = [name for name, source in sources.items() if memory(source) in written]
     if student is teacher or shared:
         raise ValueError(f"teacher must share no memory with student, but shares {', '.join(shared) or 'all'}")
 
@@ -117,7 +117,7 @@ def warm_start(
         # Cast everything before the first write: a cast can fail, and a failure must leave the student unchanged.
         value = source.detach().to(target.device, target.dtype)
         first, other = values.setdefault(_region(target), (name, value))
-        if other is not value and not torch.allclose(other, value, rtol=0, atol=0, equal_nan=True):
+        if other is not value and not _equal(other, value):
             mismatched[name] = f"{name} (tied to {first} in the student, different in the teacher)"
 
     filled = {name for name, target in targets.items() if _region(target) in values}
@@ -129,11 +129,9 @@ def warm_start(
         raise ValueError(f"teacher doesn't fit student, nothing was copied:{misfits}")
     writes = {first: (targets[first], value) for first, value in values.values()}
     _check_writable(student, writes)
-    if lost := _lost_writes(writes):
-        raise ValueError(f"teacher doesn't fit student, nothing was copied: {lost} shares elements with other weights")
     with torch.no_grad():
-        for first, value in values.values():
-            targets[first].copy_(value)
+        for target, value in writes.values():
+            target.copy_(value)
     return WarmStartReport(copied, missing, unexpected, tuple(mismatched))
 
 
@@ -159,33 +157,35 @@ def _check_writable(student: nn.Module, writes: Mapping[str, tuple[Tensor, Tenso
                 why = str(error)
         if why:
             raise ValueError(f"student: {name} must be writable: {why}")
+    if lost := _lost_write(writes):
+        raise ValueError(f"teacher doesn't fit student, nothing was copied: {lost} shares elements with other weights")
 
 
-def _lost_writes(writes: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
-    """Return the name of a target that another write would overwrite in part, because they share elements.
-
-    Args:
-        writes: each target with the value that it is to get, by name.
-    """
-    views = defaultdict(list)  # by storage
+def _lost_write(writes: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
+    """Return the name of a target that another write would overwrite in part, because they share elements."""
+    names_of = defaultdict(list)  # by storage
     for name, (target, _) in writes.items():
         if target.layout is torch.strided and type(target) in ORDINARY_TYPES and target.numel():
-            views[_memory(target)].append(name)
-    for names in views.values():
+            names_of[memory(target)].append(name)
+    for names in names_of.values():
         if len(names) == 1:
             continue
+        # Write all values into a copy of the storage, then compare.
         storage = writes[names[0]][0].untyped_storage().clone()  # type: ignore[no-untyped-call]
-        for write in (True, False):  # write all values into a copy of the storage, then compare
-            for name in names:
-                target, value = writes[name]
-                view = (
-                    target.detach().new_empty(0).set_(storage, target.storage_offset(), target.shape, target.stride())
-                )
-                if write:
-                    view.copy_(value)
-                elif not torch.allclose(view, value, rtol=0, atol=0, equal_nan=True):
-                    return name
+        views = {}
+        for name in names:
+            target, value = writes[name]
+            place = target.storage_offset(), target.shape, target.stride()
+            views[name] = target.detach().new_empty(0).set_(storage, *place).copy_(value)
+        for name, view in views.items():
+            if not _equal(view, writes[name][1]):
+                return name
     return None
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """True if all elements are equal. NaN is equal to NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -213,12 +213,6 @@ def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}{layout}".replace("torch.", "")
 
 
-def _memory(tensor: Tensor) -> int:
-    """Return a number that is equal for tensors of one storage."""
-    pointer = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
-    return pointer or id(tensor)
-
-
 def _region(tensor: Tensor) -> Hashable:
     """Return a key that is equal for tied tensors.
 
@@ -226,7 +220,7 @@ def _region(tensor: Tensor) -> Hashable:
     """
     if tensor.layout is not torch.strided:
         return id(tensor)
-    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _list(**groups: Iterable[str]) -> str:

@@ -227,64 +227,6 @@ def test_nothing_that_a_wrapper_does_is_lost(batch, wrap, copy_teacher):
     assert_right(wrap(make_net()).eval(), batch, copy_teacher=copy_teacher)
 
 
-@pytest.mark.parametrize("wrap", [lambda module: module, nn.Sequential], ids=["whole", "inside"])
-def test_hooks_that_a_deep_copy_loses_are_refused(batch, wrap):
-    """PyTorch's own deepcopy of a compiled module leaves its hooks out."""
-    compiled = wrap(hooked(torch.compile(make_net(), **EAGER))).eval()
-    with pytest.raises(ValueError, match=r"its copy loses the hooks of .*copy_teacher=False"):
-        CKTATLoss(compiled)
-    clean, adv, x = batch
-    with torch.no_grad():
-        expected = functional.cktat_loss(clean, adv, compiled(x))
-    assert torch.equal(CKTATLoss(compiled, copy_teacher=False)(clean, adv, x), expected)
-
-
-# A teacher that deepcopy would leave unfrozen is refused.
-
-
-def patched(net: nn.Module) -> nn.Module:
-    forward = net.forward
-    net.forward = lambda x: forward((x - 0.5) / 0.25)
-    return net
-
-
-def hooked_by_a_head(net: nn.Module) -> nn.Module:
-    head = nn.Linear(3, 3)
-    net.register_forward_hook(lambda module, args, output: head(output))
-    return net
-
-
-def with_a_default(net: nn.Module) -> nn.Module:
-    other = make_net().eval()
-    net.forward = lambda x, net=other: net(x)
-    return net
-
-
-class CopiesItself(nn.Linear):
-    def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
-        return self
-
-
-@pytest.mark.parametrize("place", [lambda module: module, nn.Sequential], ids=["whole", "inside"])
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        pytest.param(lambda: patched(make_net()), "refers to a Sequential", id="forward in a closure"),
-        pytest.param(lambda: hooked_by_a_head(make_net()), "refers to a Linear", id="hook with a module"),
-        pytest.param(lambda: with_a_default(make_net()), "refers to a Sequential", id="default argument"),
-        pytest.param(lambda: CopiesItself(4, 3), "its copy shares", id="copies itself"),
-    ],
-)
-def test_what_a_deep_copy_would_share_is_refused(batch, make, message, place):
-    teacher = place(make()).eval()
-    with pytest.raises(ValueError, match=rf"teacher cannot be deep-copied: .*{message}.*copy_teacher=False"):
-        CKTATLoss(teacher)
-    clean, adv, x = batch
-    with torch.no_grad():
-        expected = functional.cktat_loss(clean, adv, teacher(x))
-    assert torch.equal(CKTATLoss(teacher, copy_teacher=False)(clean, adv, x), expected)
-
-
 def test_a_bound_method_is_copied_with_its_module(batch):
     net = make_net()
     net.forward = types.MethodType(lambda self, x: nn.Sequential.forward(self, 2 * x), net)

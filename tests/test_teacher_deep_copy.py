@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cktat_loss import CKTATLoss
+from cktat_loss import CKTATLoss, functional
 
 
 def make_net() -> nn.Sequential:
@@ -62,6 +62,16 @@ def with_forward(make: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> nn.
     return net
 
 
+def with_a_bound_method(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    forward = net.forward
+    return lambda x: forward((x - 0.5) / 0.25)
+
+
+def with_a_default(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    other = make_net().eval()
+    return lambda x, net=other: net(x)
+
+
 def with_a_list(net: nn.Module) -> Callable[[Tensor], Tensor]:
     layers = list(net)
     return lambda x: layers[2](x)
@@ -76,10 +86,21 @@ def with_an_object(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: holder.layer(x)
 
 
+def hooked_by_a_head() -> nn.Module:
+    net, head = make_net(), nn.Linear(3, 3)
+    net.register_forward_hook(lambda module, args, output: head(output))
+    return net
+
+
 def hooked_by_parameters() -> nn.Module:
     net, a, b = make_net(), nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
     net[0].register_forward_hook(lambda module, args, output: output + args[0] @ a @ b)
     return net
+
+
+class CopiesItself(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+        return self
 
 
 class SharesMemory(nn.Linear):
@@ -89,14 +110,27 @@ class SharesMemory(nn.Linear):
         return new
 
 
+def assert_right_if_shared(teacher: nn.Module) -> None:
+    criterion = CKTATLoss(teacher, copy_teacher=False)
+    assert criterion.teacher is teacher
+    clean, adv, x = torch.randn(16, 3), torch.randn(16, 3), torch.rand(16, 4)
+    with torch.no_grad():
+        expected = functional.cktat_loss(clean, adv, teacher(x))
+    assert torch.equal(criterion(clean, adv, x), expected)
+
+
 CASES = {
     **{f"function in a {kind}": (functools.partial(Stages, kind), "refers to a Stages") for kind in KINDS},
     "compiled forward": (
         lambda: with_forward(lambda net: torch.compile(net.forward, backend="eager")), "refers to a Sequential"
     ),
+    "forward in a closure": (lambda: with_forward(with_a_bound_method), "refers to a Sequential"),
+    "default argument": (lambda: with_forward(with_a_default), "refers to a Sequential"),
     "list in a closure": (lambda: with_forward(with_a_list), "refers to a Linear"),
     "object in a closure": (lambda: with_forward(with_an_object), "refers to a Linear"),
+    "hook with a module": (hooked_by_a_head, "refers to a Linear"),
     "hook with parameters": (hooked_by_parameters, "refers to a Parameter"),
+    "copies itself": (lambda: CopiesItself(4, 3), "its copy shares"),
     "shared memory": (lambda: SharesMemory(4, 3), r"its copy shares \S*weight, \S*bias"),
 }  # fmt: skip
 
@@ -108,7 +142,7 @@ def test_sharing_is_refused(case, place):
     teacher = place(make()).eval()
     with pytest.raises(ValueError, match=rf"teacher cannot be deep-copied: .*{message}.*copy_teacher=False"):
         CKTATLoss(teacher)
-    assert CKTATLoss(teacher, copy_teacher=False).teacher is teacher
+    assert_right_if_shared(teacher)
 
 
 NET = make_net()
@@ -121,6 +155,17 @@ def test_a_function_with_a_global_module_is_refused():
     net.forward = lambda x: FORWARD(x)
     with pytest.raises(ValueError, match="refers to a Sequential"):
         CKTATLoss(net)
+
+
+@pytest.mark.parametrize("place", [lambda module: module, nn.Sequential], ids=["whole", "inside"])
+def test_losing_hooks_is_refused(place):
+    """PyTorch's own deepcopy of a compiled module leaves its hooks out."""
+    compiled = torch.compile(make_net(), backend="eager")
+    compiled.register_forward_hook(lambda module, args, output: 2 * output)
+    teacher = place(compiled).eval()
+    with pytest.raises(ValueError, match=r"its copy loses the hooks of .*copy_teacher=False"):
+        CKTATLoss(teacher)
+    assert_right_if_shared(teacher)
 
 
 def with_own_forward(module: nn.Module) -> nn.Module:
