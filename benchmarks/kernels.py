@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import machine
-from benchmarks.speed import BETA, TAU, Loss, Row, log_target, usual
+from benchmarks.machine import Row
+from benchmarks.speed import BETA, TAU, Loss, log_target, usual
 from tests import compiled
 from tests.compiled import CALLS, CLASSES, TARGETS, Built, Launch, Variant
 

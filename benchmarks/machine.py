@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+Row = dict[str, Any]  # of a CSV
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -79,7 +81,7 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], device: str) -> None
     path.with_suffix(".tmp").replace(path)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
     """Return the rows of a CSV, with numbers as numbers. What a row does not have is an empty string."""
     with path.open(newline="") as file:
         return [{name: parsed(text) for name, text in row.items()} for row in csv.DictReader(file)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -20,8 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks import machine, markdown
+from benchmarks.machine import Row
 
-Row = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#56B4E9", "#009E73", "#D55E00")
 FLOOR = "an empty autograd.Function"

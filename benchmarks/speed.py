@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
+from benchmarks.machine import Row
 from cktat_loss import functional
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces each start and stop on stderr
@@ -52,7 +53,6 @@ CYCLES = 2e9  # per second, at least as many as a GPU makes
 Call = Callable[[], object]
 Clock = Callable[[], float]  # seconds of one call
 Loss = Callable[..., Tensor]  # of clean, adversarial and teacher logits, tau, beta and reduction
-Row = dict[str, Any]
 
 
 class Problem(NamedTuple):
